@@ -1,0 +1,233 @@
+"""ResNet38: the 38-layer wide residual network of SEAM and AffinityNet (Wu et al. 2016), output stride 8.
+
+Attribute names are a file format: the released weights depend on them.
+"""
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tool import mxnet_params
+from tool.pyutils import BadInput
+
+
+class ResBlock(nn.Module):
+    """Pre-activation block of two 3x3 convolutions."""
+
+    def __init__(self, in_channels, mid_channels, out_channels, stride=1, first_dilation=None, dilation=1):
+        super().__init__()
+        if first_dilation is None:
+            first_dilation = dilation
+        self.same_shape = in_channels == out_channels and stride == 1
+        self.bn_branch2a = nn.BatchNorm2d(in_channels)
+        self.conv_branch2a = nn.Conv2d(in_channels, mid_channels, 3, stride,
+                                       padding=first_dilation, dilation=first_dilation, bias=False)
+        self.bn_branch2b1 = nn.BatchNorm2d(mid_channels)
+        self.conv_branch2b1 = nn.Conv2d(mid_channels, out_channels, 3,
+                                        padding=dilation, dilation=dilation, bias=False)
+        if not self.same_shape:
+            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x):
+        """x: (N, in, H, W). Returns (output (N, out, H/stride, W/stride), activated input (N, in, H, W))."""
+        activated = F.relu(self.bn_branch2a(x))
+        # the projection takes the activated tensor, the identity the raw one
+        shortcut = x if self.same_shape else self.conv_branch1(activated)
+        x = self.conv_branch2a(activated)
+        x = self.conv_branch2b1(F.relu(self.bn_branch2b1(x)))
+        return shortcut + x, activated
+
+
+class ResBlock_bot(nn.Module):
+    """Pre-activation bottleneck, 1x1, 3x3, 1x1, with channel dropout; always projects its shortcut."""
+
+    def __init__(self, in_channels, out_channels, stride=1, dilation=1, dropout=0.):
+        super().__init__()
+        self.bn_branch2a = nn.BatchNorm2d(in_channels)
+        self.conv_branch2a = nn.Conv2d(in_channels, out_channels // 4, 1, stride, bias=False)
+        self.bn_branch2b1 = nn.BatchNorm2d(out_channels // 4)
+        self.dropout_2b1 = nn.Dropout2d(dropout)
+        self.conv_branch2b1 = nn.Conv2d(out_channels // 4, out_channels // 2, 3,
+                                        padding=dilation, dilation=dilation, bias=False)
+        self.bn_branch2b2 = nn.BatchNorm2d(out_channels // 2)
+        self.dropout_2b2 = nn.Dropout2d(dropout)
+        self.conv_branch2b2 = nn.Conv2d(out_channels // 2, out_channels, 1, bias=False)
+        self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x):
+        """x: (N, in, H, W). Returns (output (N, out, H/stride, W/stride), activated input (N, in, H, W))."""
+        activated = F.relu(self.bn_branch2a(x))
+        x = self.conv_branch2a(activated)
+        x = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(x))))
+        x = self.conv_branch2b2(self.dropout_2b2(F.relu(self.bn_branch2b2(x))))
+        return self.conv_branch1(activated) + x, activated
+
+
+class Net(nn.Module):
+    """The backbone. `width` is the number of channels after the first convolution: 64 in the paper's network.
+
+    Batch norm and the layers in `not_training` stay frozen, whatever mode the network is in, as in the
+    reference; with `train_bn` set (before the optimizer is built) neither is.
+    """
+    new_heads = ()      # state-dict names that a subclass adds to the backbone, in module order
+
+    def __init__(self, width=64):
+        super().__init__()
+        w = width
+        self.conv1a = nn.Conv2d(3, w, 3, padding=1, bias=False)
+        self.b2 = ResBlock(w, 2 * w, 2 * w, stride=2)
+        self.b2_1 = ResBlock(2 * w, 2 * w, 2 * w)
+        self.b2_2 = ResBlock(2 * w, 2 * w, 2 * w)
+        self.b3 = ResBlock(2 * w, 4 * w, 4 * w, stride=2)
+        self.b3_1 = ResBlock(4 * w, 4 * w, 4 * w)
+        self.b3_2 = ResBlock(4 * w, 4 * w, 4 * w)
+        self.b4 = ResBlock(4 * w, 8 * w, 8 * w, stride=2)
+        self.b4_1 = ResBlock(8 * w, 8 * w, 8 * w)
+        self.b4_2 = ResBlock(8 * w, 8 * w, 8 * w)
+        self.b4_3 = ResBlock(8 * w, 8 * w, 8 * w)
+        self.b4_4 = ResBlock(8 * w, 8 * w, 8 * w)
+        self.b4_5 = ResBlock(8 * w, 8 * w, 8 * w)
+        self.b5 = ResBlock(8 * w, 8 * w, 16 * w, first_dilation=1, dilation=2)
+        self.b5_1 = ResBlock(16 * w, 8 * w, 16 * w, dilation=2)
+        self.b5_2 = ResBlock(16 * w, 8 * w, 16 * w, dilation=2)
+        self.b6 = ResBlock_bot(16 * w, 32 * w, dilation=4, dropout=0.3)
+        self.b7 = ResBlock_bot(32 * w, 64 * w, dilation=4, dropout=0.5)
+        self.bn7 = nn.BatchNorm2d(64 * w)
+        self.not_training = [self.conv1a]
+        self.train_bn = False
+
+    def forward(self, x):
+        """x: normalised images (N, 3, H, W). Returns conv6 (N, 64 width, ceil(H/8), ceil(W/8)), >= 0."""
+        return self.forward_as_dict(x)['conv6']
+
+    def forward_as_dict(self, x):
+        """x: normalised images (N, 3, H, W). Returns the activated feature maps, all >= 0:
+
+        conv3 (N, 4 width, ceil(H/4), ceil(W/4)); conv4 (N, 8 width, h, w), conv5 (N, 16 width, h, w) and
+        conv6 (N, 64 width, h, w) with h = ceil(H/8), w = ceil(W/8).
+        """
+        x = self.conv1a(x)
+        for block in (self.b2, self.b2_1, self.b2_2, self.b3, self.b3_1, self.b3_2):
+            x, _ = block(x)
+        x, conv3 = self.b4(x)
+        for block in (self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5):
+            x, _ = block(x)
+        x, conv4 = self.b5(x)
+        for block in (self.b5_1, self.b5_2):
+            x, _ = block(x)
+        x, conv5 = self.b6(x)
+        x, _ = self.b7(x)
+        return {'conv3': conv3, 'conv4': conv4, 'conv5': conv5, 'conv6': F.relu(self.bn7(x))}
+
+    def train(self, mode=True):
+        """Sets the mode, then freezes batch norm and the `not_training` layers again. Returns self."""
+        super().train(mode)
+        if self.train_bn:
+            return self
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+                module.requires_grad_(False)
+        for layer in self.not_training:
+            layer.requires_grad_(False)
+        return self
+
+    def get_parameter_groups(self):
+        """Four lists for the optimizer: backbone weights, backbone biases, new-head weights, new-head biases.
+
+        As in the reference, frozen convolutions are in the first list (without a gradient they never
+        move) and batch norm is in none. With `train_bn`, its gains and shifts join the second list.
+        """
+        groups = ([], [], [], [])
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d):
+                new = 2 if name + '.weight' in self.new_heads else 0
+                groups[new].append(module.weight)
+                if module.bias is not None:
+                    groups[new + 1].append(module.bias)
+            elif isinstance(module, nn.BatchNorm2d) and self.train_bn:
+                groups[1].extend((module.weight, module.bias))
+        return groups
+
+
+# ----- weight files -----
+
+_UNIT = re.compile(r'(res|bn)(\d)(?:a|b(\d))_(branch\w+?)_(?:moving_)?(weight|gamma|beta|mean|var)')
+_KIND = {'weight': 'weight', 'gamma': 'weight', 'beta': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+
+
+def _torch_name(mxnet_name):
+    """State-dict name of a parameter of the MXNet ImageNet file; None for its classifier, which is dropped."""
+    name = mxnet_name.split(':')[-1]                    # without 'arg:' or 'aux:'
+    if name == 'conv1a_weight':
+        return 'conv1a.weight'
+    if name.startswith('linear1000_'):
+        return None
+    final = re.fullmatch(r'bn7_(?:moving_)?(gamma|beta|mean|var)', name)
+    if final:
+        return f'bn7.{_KIND[final[1]]}'
+    unit = _UNIT.fullmatch(name)                        # 'res2a' is block b2, 'res2b1' is b2_1
+    if unit is None or (unit[1] == 'res') != (unit[5] == 'weight'):
+        raise ValueError(f'unknown parameter name {mxnet_name!r}')
+    block = f'b{unit[2]}_{unit[3]}' if unit[3] else f'b{unit[2]}'
+    layer = 'conv' if unit[1] == 'res' else 'bn'
+    return f'{block}.{layer}_{unit[4]}.{_KIND[unit[5]]}'
+
+
+def convert_mxnet_to_torch(path):
+    """Reads the ImageNet `.params` file: dict of state-dict name -> tensor, without the 1000-class layer.
+
+    Raises ValueError for a damaged file or a name that has no place in ResNet38.
+    """
+    tensors = {}
+    for mxnet_name, array in mxnet_params.load(path).items():
+        try:
+            name = _torch_name(mxnet_name)
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}, not a ResNet38 file') from error
+        if name is not None:
+            tensors[name] = torch.from_numpy(array)
+    return tensors
+
+
+def _read_state_dict(path):
+    try:
+        if path.endswith('.params'):
+            return convert_mxnet_to_torch(path)
+        weights = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:          # a damaged pickle raises whatever it likes
+        reason = str(error).strip().split('\n')[0] or type(error).__name__
+        raise BadInput(f'cannot read the weights {path} (--weights): {reason}') from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise BadInput(f'{path} (--weights) holds no state dict (name -> tensor)')
+    return {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
+
+
+def load_weights(net, path, new_heads=()):
+    """Loads a released `.pth` (bare state dict, with or without `module.`) or the ImageNet `.params` into net.
+
+    Nothing may be missing, or exactly `new_heads` (what a training script adds to a backbone); nothing may be
+    unexpected or have another shape. `num_batches_tracked` does not count. Prints what was loaded.
+    Raises BadInput (a ValueError), naming the file and the tensors, and leaves net as it was.
+    """
+    weights = _read_state_dict(path)
+    own = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith('num_batches_tracked')}
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith('num_batches_tracked')}
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    misshapen = [f'{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}' for name in own
+                 if name in weights and weights[name].shape != own[name].shape]
+    problems = [f'{label}: {_short(names)}' for label, names in
+                (('unexpected', unexpected), ('other shape', misshapen)) if names]
+    if missing and set(missing) != set(new_heads):
+        problems.insert(0, f'missing: {_short(missing)}')
+    if problems:
+        raise BadInput(f'{path} (--weights) does not fit {type(net).__module__} (--network): ' + '; '.join(problems))
+    net.load_state_dict(weights, strict=False)
+    fresh = f'; new, randomly initialised: {_short(missing)}' if missing else ''
+    print(f'weights: {len(weights)} tensors from {path}{fresh}')
+
+
+def _short(names, most=4):
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')

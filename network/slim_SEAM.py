@@ -1,0 +1,7 @@
+"""SEAM at a quarter of the width (6.6 million parameters), for the demo, tests and small machines."""
+from network import resnet38_SEAM
+
+
+class Net(resnet38_SEAM.Net):
+    def __init__(self, num_classes=20):
+        super().__init__(num_classes, width=16)

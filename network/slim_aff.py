@@ -1,0 +1,7 @@
+"""AffinityNet at a quarter of the width, for the demo, tests and small machines."""
+from network import resnet38_aff
+
+
+class Net(resnet38_aff.Net):
+    def __init__(self):
+        super().__init__(width=16)

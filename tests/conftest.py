@@ -1,0 +1,48 @@
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GOLDEN = os.path.join(ROOT, 'tests', 'golden')
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests')]
+
+
+def golden(name):
+    """The arrays of one golden file as a dict."""
+    with np.load(os.path.join(GOLDEN, name + '.npz')) as file:
+        return {key: file[key] for key in file.files}
+
+
+def close(actual, expected, limit):
+    """Asserts max |actual - expected| <= limit * max |expected|, with a message that says how far it is."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    worst = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+    assert worst <= limit, f'{worst:.2e} of the largest value, limit {limit:.0e}'
+
+
+def filled(net, salt='dev'):
+    """The network with the golden runs' weights, which depend on names and shapes alone."""
+    from fill_weights import fill
+    fill(net.state_dict(), salt)
+    return net
+
+
+@pytest.fixture(scope='session')
+def seam_net():
+    from network.resnet38_SEAM import Net
+    return filled(Net()).eval()
+
+
+@pytest.fixture(scope='session')
+def aff_net():
+    from network.resnet38_aff import Net
+    return filled(Net()).eval()
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    torch.set_num_threads(2)

@@ -1,0 +1,178 @@
+"""AffinityNet's labels, loss, training gradients and the random walk against the reference's outputs."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import infer_aff
+import train_aff
+from conftest import GOLDEN, close, filled, golden
+from network.resnet38_aff import Net
+from tool import imutils
+from tool.pairs import fit_radius
+from voc12.data import ExtractAffinityLabelInRadius, VOC12AffDataset, fuse_crf_labels
+
+WALKED = ('2007_000003', '2007_000002')
+
+
+@pytest.mark.parametrize('case', ['56', 'small', 'small_r3'])
+def test_pair_labels(case):
+    g = golden('g06_affinity_labels')
+    label = g[f'ext_{case}_label']
+    labels = ExtractAffinityLabelInRadius(len(label), radius=int(g[f'ext_{case}_radius']))(label)
+    for kind, pairs in zip(('bg', 'fg', 'neg'), labels):
+        assert pairs.dtype == torch.float32 and pairs.shape == g[f'ext_{case}_{kind}'].shape
+        assert (pairs.numpy() == g[f'ext_{case}_{kind}']).all()
+
+
+@pytest.mark.parametrize('case', ['avgpool', 'avgpool_exact'])
+def test_mean_pooling(case):
+    g = golden('g06_affinity_labels')
+    close(imutils.AvgPool2d(8)(g[case + '_in']), g[case + '_out'], 1e-6)
+
+
+def test_fusion_rule():
+    g = golden('g06_affinity_labels')
+    assert (fuse_crf_labels(g['fuse_rnd_pooled']) == g['fuse_rnd_label']).all()
+    assert (fuse_crf_labels(g['fuse_pooled']) == g['fuse_label']).all()
+
+
+def test_dataset_from_crf_files(tmp_path):
+    g = golden('g06_affinity_labels')
+    for folder in ('JPEGImages', 'la', 'ha'):
+        (tmp_path / folder).mkdir()
+    from PIL import Image
+    Image.new('RGB', (96, 96)).save(tmp_path / 'JPEGImages' / '2007_000001.jpg')
+    (tmp_path / 'list.txt').write_text('2007_000001\n')
+    for kind in ('la', 'ha'):
+        np.save(tmp_path / kind / '2007_000001.npy', dict(zip(g['fuse_keys'].tolist(), g['fuse_' + kind])))
+    pooled = []
+    dataset = VOC12AffDataset(
+        str(tmp_path / 'list.txt'), str(tmp_path / 'la'), str(tmp_path / 'ha'), cropsize=96, voc12_root=str(tmp_path),
+        joint_transform_list=[None, None], img_transform_list=[np.asarray, imutils.HWC_to_CHW],
+        label_transform_list=[imutils.AvgPool2d(8), lambda scores: pooled.append(scores) or scores])
+    _, labels = dataset[0]
+    close(pooled[0], g['fuse_pooled'], 1e-6)
+    for kind, pairs in zip(('bg', 'fg', 'neg'), labels):
+        assert (pairs.numpy() == g['fuse_' + kind]).all()
+
+
+def check_terms(terms, g, prefix):
+    for kind in ('bg', 'fg', 'neg'):
+        assert terms[kind + '_loss'].item() == pytest.approx(g[f'{prefix}_{kind}_loss'], rel=1e-4, abs=1e-9)
+        if f'{prefix}_{kind}_count' in g:
+            assert terms[kind + '_cnt'].item() == pytest.approx(g[f'{prefix}_{kind}_count'], abs=1e-4)
+    assert terms['loss'].item() == pytest.approx(g[prefix + '_loss'], rel=1e-4)
+
+
+def test_loss_of_given_affinities():
+    g = golden('g07_aff_forward')
+    aff = torch.from_numpy(g['lossA_aff']).requires_grad_()
+    labels = [torch.from_numpy(g['lossA_' + kind]).float() for kind in ('bg', 'fg', 'neg')]
+    terms = train_aff.affinity_loss(aff, *labels)
+    check_terms(terms, g, 'lossA')
+    terms['loss'].backward()
+    close(aff.grad, g['lossA_grad'], 1e-4)
+    extract = ExtractAffinityLabelInRadius(12)
+    for i, label in enumerate(g['lossA_labelmaps']):
+        assert all((pairs == labels[k][i]).all() for k, pairs in enumerate(extract(label)))
+
+
+def test_loss_of_missing_kinds_is_0():
+    g = golden('g07_aff_forward')
+    aff, fg = torch.from_numpy(g['lossA_aff']), torch.from_numpy(g['lossA_fg']).float()
+    check_terms(train_aff.affinity_loss(aff, torch.zeros_like(fg), fg, torch.zeros_like(fg)), g, 'lossEmpty')
+
+
+@pytest.mark.parametrize('case', ['trainB', 'trainC'])
+def test_training_gradients(case):
+    g = golden('g07_aff_forward')
+    net = filled(Net()).train()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0.
+    aff = net(torch.from_numpy(g[case + '_x']))
+    close(aff.detach(), g[case + '_aff'], 1e-4)
+    radius = int(g[case + '_radius'])
+    extract = ExtractAffinityLabelInRadius(len(g[case + '_labelmaps'][0]), radius)
+    labels = [torch.stack(kind) for kind in zip(*(extract(label) for label in g[case + '_labelmaps']))]
+    terms = train_aff.affinity_loss(aff, *labels)
+    check_terms(terms, g, case)
+    terms['loss'].backward()
+    parameters = dict(net.named_parameters())
+    assert {name for name, p in parameters.items() if p.grad is None} == set(g[case + '_nograd_names'])
+    for name, norm in zip(g[case + '_grad_names'], g[case + '_grad_l2']):
+        assert parameters[name].grad.double().norm().item() == pytest.approx(norm, rel=1e-3), name
+    for key in [key for key in g if key.startswith(case + '_grad64:')]:
+        close(parameters[key.split(':')[1]].grad.flatten()[:64], g[key], 2e-3)
+
+
+# ----- random walk -----
+
+def walk_inputs(name):
+    """Padded normalised image (1, 3, H, W), its CAM dict, its size."""
+    import os
+    g = golden('g08_random_walk')
+    img = imutils.HWC_to_CHW(imutils.normalize(imutils.read_image(os.path.join(GOLDEN, 'images', name + '.jpg'))))
+    h, w = img.shape[1:]
+    cams = {int(key.rsplit('_', 1)[1]): value for key, value in g.items() if key.startswith(f'{name}:cam_in_')}
+    return F.pad(torch.from_numpy(img)[None], (0, -w % 8, 0, -h % 8)), cams, (h, w)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('setting', [0, 1])
+@pytest.mark.parametrize('name', WALKED)
+def test_random_walk(aff_net, name, setting):
+    g, key = golden('g08_random_walk'), f'{name}:s{setting}:'
+    alpha, beta, logt = g['settings_alpha_beta_logt'][setting]
+    img, cams, (h, w) = walk_inputs(name)
+    size = img.shape[2:]
+    assert tuple(size) == tuple(g[name + ':padded_size'])
+    present = g[name + ':present_channels']
+    seeds = F.avg_pool2d(torch.from_numpy(infer_aff.class_scores(cams, alpha, size)), 8)
+    close(seeds[present], g[key + 'pooled_cam'], 1e-5)
+    walked = infer_aff.random_walk(seeds, aff_net(img), fit_radius(*seeds.shape[1:]), int(beta), int(logt))
+    close(walked[present], g[key + 'rw_lowres'], 1e-4)
+    scores = F.interpolate(walked[None], size, mode='bilinear', align_corners=False)[0]
+    close(scores[present], g[key + 'scores'], 1e-4)
+    absent = np.setdiff1d(np.arange(21), present)
+    assert scores[absent].abs().max() == g[key + 'absent_absmax'] == 0
+    assert (scores.argmax(dim=0).numpy()[:h, :w] == g[key + 'pred']).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', WALKED)
+def test_sparse_walk_is_the_dense_power(aff_net, name):
+    g = golden('g08_random_walk')
+    img, _, _ = walk_inputs(name)
+    h, w = (side // 8 for side in img.shape[2:])
+    alpha, beta, logt = g['settings_alpha_beta_logt'][0]
+    dense = aff_net(img, to_dense=True) ** beta
+    close(dense[::7, ::7], g[name + ':aff_pow_beta_sub_s0'], 1e-4)
+    trans = dense.double() / dense.double().sum(dim=0)
+    for _ in range(int(logt)):
+        trans = trans @ trans
+    close(trans[::7, ::7], g[f'{name}:s0:trans_sub'], 1e-4)
+    close([trans.sum(0).min(), trans.sum(0).max()], g[f'{name}:s0:trans_colsum_range'], 1e-4)
+    scores = torch.rand(3, h, w, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    walked = infer_aff.random_walk(scores, aff_net(img).double(), fit_radius(h, w), int(beta), int(logt))
+    close(walked.flatten(1), scores.flatten(1) @ trans, 1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', WALKED)
+def test_crf_after_the_walk(name):
+    pytest.importorskip('pydensecrf.densecrf')
+    g = golden('g08_random_walk')
+    img, _, (h, w) = walk_inputs(name)
+    present = g[name + ':present_channels']
+    scores = np.zeros((21, *img.shape[2:]), np.float32)
+    scores[present] = g[name + ':s0:scores']
+    out = imutils.crf_inference(imutils.denormalize(img[0].numpy()), scores, t=1, labels=21)
+    assert np.abs(out[present] - g[name + ':crf:scores']).max() < 2e-3
+    assert (out.argmax(axis=0)[:h, :w] == g[name + ':crf:pred']).all()
+
+
+def test_walk_without_pairs_returns_the_seeds():
+    scores = torch.rand(2, 1, 5)
+    assert torch.equal(infer_aff.random_walk(scores, torch.zeros(1, 0, 5), 1, 8, 6), scores)

@@ -1,0 +1,233 @@
+"""SEAM training and inference against the reference's outputs."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import infer_SEAM
+import train_SEAM
+from conftest import GOLDEN, close, filled, golden
+from network.resnet38_SEAM import Net, suppress_weaker_classes
+from tool import imutils, visualization
+from tool.torchutils import PolyOptimizer
+
+NAMES = ('2007_000001', '2007_000002')
+
+
+def drop_nothing(net):
+    """Dropout off, with the network in training mode; returns the names of the dropout layers."""
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, torch.nn.Dropout2d)}
+    for layer in layers.values():
+        layer.p = 0.
+    return list(layers)
+
+
+@pytest.fixture(scope='module')
+def step():
+    """One training step of the full network, built in the reference's order of events."""
+    g = golden('g02_seam_losses')
+    net = Net()
+    groups = net.get_parameter_groups()
+    optimizer = PolyOptimizer([
+        {'params': groups[0], 'lr': 0.01, 'weight_decay': 5e-4}, {'params': groups[1], 'lr': 0.02, 'weight_decay': 0},
+        {'params': groups[2], 'lr': 0.1, 'weight_decay': 5e-4}, {'params': groups[3], 'lr': 0.2, 'weight_decay': 0},
+    ], lr=0.01, weight_decay=5e-4, max_step=100)
+    filled(net).train()
+    drop_nothing(net)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    img1, label = torch.from_numpy(g['img1']), torch.from_numpy(g['label'])
+    img2 = F.interpolate(img1, scale_factor=0.3, mode='bilinear', align_corners=True)
+
+    def forward():
+        outputs = (*net(img1), *net(img2))
+        return outputs, train_SEAM.seam_loss(*outputs, label)
+
+    outputs, terms = forward()
+    terms['loss'].backward()
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    optimizer.step()
+    after = {name: p.detach().clone() for name, p in net.named_parameters()}
+    lr_used = [group['lr'] for group in optimizer.param_groups]
+    optimizer.zero_grad()
+    step2_loss = forward()[1]['loss']
+    step2_loss.backward()
+    optimizer.step()
+    return dict(g=g, net=net, img2=img2, label=label, outputs=[x.detach() for x in outputs], optimizer=optimizer,
+                terms={k: v.item() for k, v in terms.items()}, grads=grads, before=before, after=after,
+                lr_used=lr_used, step2_loss=step2_loss.item())
+
+
+def test_second_view(step):
+    close(step['img2'], step['g']['img2'], 1e-6)
+
+
+@pytest.mark.parametrize('term', ['loss_cls1', 'loss_cls2', 'loss_rvmin1', 'loss_rvmin2', 'loss_er', 'loss_ecr1',
+                                  'loss_ecr2', 'loss_ecr', 'loss_cls', 'loss'])
+def test_loss_terms(step, term):
+    assert step['terms'][term] == pytest.approx(step['g'][term], rel=1e-4)
+
+
+def test_network_outputs_of_both_passes(step):
+    for output, name in zip(step['outputs'], ('cam_pass1', 'cam_rv_pass1', 'cam_pass2', 'cam_rv_pass2')):
+        close(output.double().mean(dim=(2, 3)), step['g'][f'net_{name}_chmean'], 1e-4)
+        close(output.amax(dim=(2, 3)), step['g'][f'net_{name}_chmax'], 1e-4)
+    close(step['outputs'][0].mean(dim=(2, 3)), step['g']['label1_pooled'], 1e-4)
+    close(step['outputs'][2].mean(dim=(2, 3)), step['g']['label2_pooled'], 1e-4)
+
+
+def test_compared_maps(step):
+    g = step['g']
+    label = F.pad(step['label'], (1, 0), value=1.)[:, :, None, None]
+    cam1, cam_rv1, cam2, cam_rv2 = train_SEAM.normalize_views(*step['outputs'], label, 0.3)
+    # the reference's cam1 and cam2 hold, after the losses, what here is a tensor of its own
+    for maps, name in ((train_SEAM.pseudo_label(cam1), 'cam1'), (cam_rv1, 'cam_rv1'),
+                       (train_SEAM.pseudo_label(cam2), 'cam2'), (cam_rv2, 'cam_rv2')):
+        assert list(maps.shape) == list(g[f'final_{name}_shape'])
+        close(maps[:, :, ::5, ::5], g[f'final_{name}_sub'], 1e-4)
+        close(maps.double().mean(dim=(2, 3)), g[f'final_{name}_chmean'], 1e-4)
+
+
+def test_loss_writes_into_no_argument(step):
+    copies = [x.clone() for x in step['outputs']]
+    train_SEAM.seam_loss(*copies, step['label'])
+    assert all(torch.equal(a, b) for a, b in zip(copies, step['outputs']))
+
+
+def test_the_same_82_parameters_get_no_gradient(step):
+    names = dict(step['net'].named_parameters())
+    assert set(names) - set(step['grads']) == set(step['g']['nograd_names']) and len(step['g']['nograd_names']) == 82
+
+
+def test_gradient_norms(step):
+    g = step['g']
+    for name, norm in zip(g['grad_names'], g['grad_l2']):
+        assert step['grads'][name].double().norm().item() == pytest.approx(norm, rel=1e-3), name
+
+
+def test_update(step):
+    g = step['g']
+    for key in [key for key in g if key.startswith('grad64:')]:
+        name = key.split(':')[1]
+        close(step['grads'][name].flatten()[:64], g[key], 2e-3)
+        close(step['before'][name].flatten()[:64], g['before64:' + name], 0)
+        close(step['after'][name].flatten()[:64], g['after64:' + name], 2e-3)
+        close(dict(step['net'].named_parameters())[name].detach().flatten()[:64], g['after2_64:' + name], 2e-3)
+    for name, norm in zip(g['grad_names'], g['param_delta_l2']):
+        assert (step['after'][name] - step['before'][name]).double().norm().item() == pytest.approx(norm, rel=1e-3)
+    unchanged = {name for name in step['after'] if torch.equal(step['after'][name], step['before'][name])}
+    assert unchanged == set(g['unchanged_names'])
+    assert step['step2_loss'] == pytest.approx(g['step2_loss'], rel=1e-3)
+
+
+def test_optimizer_settings(step):
+    g, groups = step['g'], step['optimizer'].param_groups
+    np.testing.assert_allclose(step['lr_used'], g['lr_used'])
+    np.testing.assert_allclose([group['lr'] for group in groups], g['step2_lr_used'])
+    np.testing.assert_allclose([group['momentum'] for group in groups], g['momentum'])
+    np.testing.assert_allclose([group['weight_decay'] for group in groups], g['weight_decay'])
+    assert [len(group['params']) for group in groups] == list(g['group_counts'])
+    assert [sum(p.numel() for p in group['params']) for group in groups] == list(g['group_numel'])
+
+
+def test_dropout_layers_are_the_reference_s():
+    assert sorted(drop_nothing(Net())) == sorted(str(row).split()[0].split('=')[0].split(':')[0]
+                                                 for row in golden('g02_seam_losses')['dropout_modules'])
+
+
+def test_unit_functions():
+    g = golden('g02_seam_losses')
+    close(train_SEAM.max_norm(torch.from_numpy(g['unit_in'])), g['unit_max_norm'], 1e-6)
+    close(visualization.max_norm(g['unit_in']), g['unit_max_norm_numpy'], 1e-6)
+    close(suppress_weaker_classes(torch.from_numpy(g['unit_onehot_in'])), g['unit_onehot_out'], 0)
+    assert train_SEAM.adaptive_min_pooling_loss(torch.from_numpy(g['unit_minpool_in'])).item() == \
+        pytest.approx(g['unit_minpool_out'], rel=1e-6)
+
+
+# ----- inference -----
+
+@pytest.fixture(scope='module')
+def inferred(seam_net):
+    """name -> (views, classes, CAM dict) of the golden images, through the data set and the script's functions."""
+    import os
+    import tempfile
+    from torchvision import transforms
+    from voc12.data import VOC12ClsDatasetMSF
+    g = golden('g04_infer_cam')
+    out = {}
+    with tempfile.TemporaryDirectory() as root:
+        os.symlink(os.path.join(GOLDEN, 'images'), os.path.join(root, 'JPEGImages'))
+        np.save(os.path.join(root, 'labels.npy'), {name: g[name + ':label'] for name in NAMES})
+        with open(os.path.join(root, 'list.txt'), 'w') as file:
+            file.write('\n'.join(NAMES))
+        dataset = VOC12ClsDatasetMSF(os.path.join(root, 'list.txt'), root, list(g['scales']),
+                                     transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
+                                     cls_labels=os.path.join(root, 'labels.npy'))
+        for name, views, label in dataset:
+            classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
+            tensors = [torch.from_numpy(view)[None] for view in views]
+            size = g[name + ':rgb_decoded'].shape[:2]
+            cam = infer_SEAM.multi_scale_cam(seam_net, tensors, classes, size, output=1)
+            out[name] = views, classes, dict(zip(classes, infer_SEAM.normalize_cam(cam)))
+    return out
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_multi_scale_views(inferred, name):
+    g, (views, classes, _) = golden('g04_infer_cam'), inferred[name]
+    assert classes == list(g[name + ':cam_keys'])
+    np.testing.assert_array_equal([view.shape for view in views], g[name + ':input_shapes'][:, 1:])
+    close(views[0], g[name + ':input_scale0'], 1e-6)
+    close([(v.mean(dtype=np.float64), v.std(dtype=np.float64, ddof=1)) for v in views], g[name + ':input_mean_std'], 1e-6)
+    assert all((mirrored == view[..., ::-1]).all() for view, mirrored in zip(views[::2], views[1::2]))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_network_outputs_of_all_views(seam_net, inferred, name):
+    with torch.no_grad():
+        means = [seam_net(torch.from_numpy(view)[None])[1].double().mean(dim=(2, 3))[0].numpy()
+                 for view in inferred[name][0]]
+    close(means, golden('g04_infer_cam')[name + ':cam_rv_chmean'], 1e-4)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_saved_cams(inferred, name):
+    g, cam_dict = golden('g04_infer_cam'), inferred[name][2]
+    assert all(type(key) is int for key in cam_dict)
+    for key, cam in cam_dict.items():
+        expected = g[f'{name}:cam_{key}']
+        assert cam.dtype == np.float32 and cam.shape == expected.shape
+        near_minimum = expected < 5e-5
+        close(np.where(near_minimum, 0, cam), np.where(near_minimum, 0, expected), 1e-4)
+        # the quirk stays: these pixels are negative, not 0
+        assert ((cam < 0) != (expected < 0)).sum() <= 3 and (expected < 0).any()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_cam_label_map(inferred, name):
+    g = golden('g04_infer_cam')
+    labels = infer_SEAM.label_map(inferred[name][2], float(g['out_cam_pred_alpha']))
+    assert labels.dtype == np.uint8 and (labels != g[name + ':cam_pred_png']).sum() == 0
+
+
+@pytest.mark.parametrize('alpha', [4, 24])
+@pytest.mark.parametrize('name', NAMES)
+def test_crf_of_the_golden_cams(name, alpha):
+    pytest.importorskip('pydensecrf.densecrf')
+    cams, g = golden('g04_infer_cam'), golden('g05_crf')
+    cam_dict = {int(key): cams[f'{name}:cam_{key}'] for key in cams[name + ':cam_keys']}
+    crf = infer_SEAM.crf_with_alpha(cam_dict, alpha, cams[name + ':rgb_decoded'])
+    assert list(crf) == list(g[f'{name}:crf_{alpha}.0_keys'])
+    for key, scores in crf.items():
+        assert np.abs(scores - g[f'{name}:crf_{alpha}.0_{key}']).max() < 1e-5
+
+
+def test_crf_inference_settings():
+    pytest.importorskip('pydensecrf.densecrf')
+    g = golden('g05_crf')
+    for key, t, scale_factor in (('raw_t10', 10, 1), ('raw_t1', 1, 1), ('raw_scale2_t5', 5, 2)):
+        out = imutils.crf_inference(g['raw_img'], g['raw_probs'], t=t, scale_factor=scale_factor, labels=4)
+        assert np.abs(out - g[key]).max() < 1e-5
+
+
+def test_flat_map_becomes_minus_one():
+    close(infer_SEAM.normalize_cam(np.zeros((1, 3, 3), np.float32)), -np.ones((1, 3, 3)), 1e-6)

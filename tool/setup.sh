@@ -1,0 +1,49 @@
+# Sourced by tool/demo.sh and tests/run.sh, from the repository root. Sets $PYTHON to an interpreter in which all
+# the packages import: the one given in $PYTHON, the python3 on the path, or .venv, which is made where need be.
+
+imports="import cv2, numpy, PIL, pydensecrf.densecrf, pytest, scipy, torch, torchvision, tqdm"
+
+complete() { "$1" -c "$imports" >/dev/null 2>&1; }
+
+find_python() {     # prints the first interpreter that pydensecrf2 builds on
+    local candidate
+    for candidate in python3.12 python3.11 python3 python; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "No Python 3.11 or 3.12 with the venv module was found on the path; pydensecrf2 builds on these two." >&2
+    return 1
+}
+
+make_venv() {
+    local base
+    if [ ! -x .venv/bin/python ]; then
+        base=$(find_python) || return 1
+        echo "Making .venv with $("$base" --version) ..."
+        "$base" -m venv .venv || return 1
+    fi
+    echo "Installing requirements.txt into .venv (a few minutes) ..."
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest || {
+        echo "pip could not install requirements.txt; where it says so above, install a C++ compiler (g++) and try again." >&2
+        return 1
+    }
+    if ! .venv/bin/python -c "import cv2" >/dev/null 2>&1; then
+        echo "opencv-python does not import here (no display libraries?); taking opencv-python-headless ..."
+        .venv/bin/python -m pip uninstall --quiet --yes opencv-python
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check opencv-python-headless || return 1
+    fi
+    .venv/bin/python -c "$imports"
+}
+
+if [ -n "${PYTHON:-}" ] && complete "$PYTHON"; then
+    :
+elif complete .venv/bin/python; then
+    PYTHON=.venv/bin/python
+elif [ -z "${PYTHON:-}" ] && complete python3; then
+    PYTHON=python3
+else
+    make_venv || exit 1
+    PYTHON=.venv/bin/python
+fi

@@ -1,0 +1,77 @@
+"""Pictures: CAMs on images, label maps in colour, contact sheets, TensorBoard. No loss imports this."""
+import cv2
+import numpy as np
+
+from tool import imutils
+
+
+def voc_palette():
+    """uint8 (256, 3) RGB colours of PASCAL VOC: the bits of the class index, spread over the channels."""
+    index = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+def max_norm(cam):
+    """(..., H, W), any sign -> the reference's normalisation for pictures: relu, 0 below min + 1e-5, then
+    (x - min - 1e-5) / (max + 1e-5). The training loss divides otherwise. Weakest pixels end slightly below 0."""
+    cam = np.maximum(cam, 0)
+    maximum = cam.max(axis=(-2, -1), keepdims=True)
+    minimum = cam.min(axis=(-2, -1), keepdims=True)
+    return (np.where(cam < minimum + 1e-5, 0, cam) - minimum - 1e-5) / (maximum + 1e-5)
+
+
+def cam_on_image(img, cam):
+    """Heat map over an image. img: uint8 (H, W, 3) RGB; cam: (H, W) in [0, 1]. Returns uint8 (H, W, 3) RGB."""
+    heat = cv2.applyColorMap((np.clip(cam, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
+    return (0.5 * img + 0.5 * heat).astype(np.uint8)
+
+
+def labels_on_image(img, labels):
+    """Label map (H, W) in VOC's colours over a dimmed uint8 (H, W, 3) RGB image."""
+    return (0.3 * img + 0.7 * voc_palette()[labels]).astype(np.uint8)
+
+
+def contact_sheet(rows, titles, cell=160):
+    """uint8 RGB sheet: one row per list of uint8 (H, W, 3) pictures, shrunk or grown into square cells."""
+    header = np.full((24, cell * len(titles), 3), 255, np.uint8)
+    for i, title in enumerate(titles):
+        cv2.putText(header, title, (i * cell + 6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    strips = [header]
+    for row in rows:
+        strip = np.full((cell, cell * len(titles), 3), 255, np.uint8)
+        for i, picture in enumerate(row):
+            h, w = picture.shape[:2]
+            h, w = int(h * (cell - 6) / max(h, w)), int(w * (cell - 6) / max(h, w))
+            strip[3:3 + h, i * cell + 3:i * cell + 3 + w] = cv2.resize(picture, (w, h), interpolation=cv2.INTER_AREA)
+        strips.append(strip)
+    return np.concatenate(strips)
+
+
+def open_writer(tblog_dir, log):
+    """A TensorBoard writer, or None with a notice where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log('no TensorBoard log: pip install tensorboard to get one in --tblog_dir')
+        return None
+    return SummaryWriter(tblog_dir)
+
+
+def write_cams(writer, step, terms, img, label, cam, cam_rv):
+    """Sends the loss terms and, for one image, both maps of its classes to TensorBoard.
+
+    img: normalised (3, H, W); label: (C,) multi-hot; cam, cam_rv: raw (1+C, H, W); all tensors.
+    """
+    for name, value in terms.items():
+        writer.add_scalar(name, value, step)
+    orig_img = imutils.denormalize(img.cpu().numpy())
+    writer.add_image('image', orig_img, step, dataformats='HWC')
+    present = label.cpu().numpy() > 0
+    for name, scores in (('cam', cam), ('cam_rv', cam_rv)):
+        maps = max_norm(scores.detach().float().cpu().numpy()[1:][present])
+        overlays = [cam_on_image(orig_img, class_map) for class_map in maps]
+        writer.add_image(name, np.concatenate(overlays, axis=1), step, dataformats='HWC')

@@ -1,0 +1,143 @@
+"""PASCAL VOC 2012 as PyTorch datasets."""
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from tool import imutils
+from tool.pairs import fit_radius, pair_indices
+from tool.pyutils import BadInput
+from voc12.lists import IGNORE, check_images, get_img_path, load_img_name_list, load_labels
+
+STRIDE = 8      # pixels per feature cell
+
+
+class VOC12ImageDataset(Dataset):
+    """(name, image) of every name of a list. The image is PIL RGB, or what `transform` makes of it."""
+
+    def __init__(self, img_name_list_path, voc12_root, transform=None):
+        self.img_name_list = load_img_name_list(img_name_list_path)
+        self.voc12_root = voc12_root
+        self.transform = transform
+        check_images(self.img_name_list, img_name_list_path, voc12_root)
+
+    def __len__(self):
+        return len(self.img_name_list)
+
+    def __getitem__(self, idx):
+        name = self.img_name_list[idx]
+        img = imutils.read_image(get_img_path(name, self.voc12_root))
+        if self.transform:
+            img = self.transform(img)
+        return name, img
+
+
+class VOC12ClsDataset(VOC12ImageDataset):
+    """(name, image, label): label is a float32 (20,) multi-hot of the image's classes."""
+
+    def __init__(self, img_name_list_path, voc12_root, transform=None, cls_labels='voc12/cls_labels.npy'):
+        super().__init__(img_name_list_path, voc12_root, transform)
+        self.labels = load_labels(self.img_name_list, cls_labels, voc12_root)
+
+    def __getitem__(self, idx):
+        name, img = super().__getitem__(idx)
+        return name, img, torch.from_numpy(self.labels[name])
+
+
+class VOC12ClsDatasetMSF(VOC12ClsDataset):
+    """(name, [image, mirrored image, ...], label): two CHW arrays for each of `scales`, factors of the image's
+    size. `inter_transform` turns the resized PIL image into CHW."""
+
+    def __init__(self, img_name_list_path, voc12_root, scales, inter_transform=None,
+                 cls_labels='voc12/cls_labels.npy'):
+        super().__init__(img_name_list_path, voc12_root, None, cls_labels)
+        self.scales = scales
+        self.inter_transform = inter_transform
+
+    def __getitem__(self, idx):
+        name, img, label = super().__getitem__(idx)
+        views = []
+        for scale in self.scales:
+            view = imutils.resize(img, scale)
+            if self.inter_transform:
+                view = self.inter_transform(view)
+            views += [view, np.flip(view, -1).copy()]
+        return name, views, label
+
+
+class ExtractAffinityLabelInRadius:
+    """Pair labels of a label map of cropsize x cropsize feature cells, for the pairs of `pair_offsets(radius)`."""
+
+    def __init__(self, cropsize, radius=5):
+        self.ind_from, self.ind_to = pair_indices(cropsize, cropsize, radius)
+
+    def __call__(self, label):
+        """label: (cropsize, cropsize) integers, 0 background, 255 ignored.
+
+        Returns (bg, fg, neg), float32 tensors (offsets, from) of 0 and 1: both background; the same
+        foreground label; different labels. A pair with an ignored cell is in none.
+        """
+        label = label.reshape(-1)
+        start, end = label[self.ind_from], label[self.ind_to]        # (from,), (offsets, from)
+        valid = (start < IGNORE) & (end < IGNORE)
+        equal = valid & (start == end)
+        masks = equal & (start == 0), equal & (start > 0), valid & (start != end)
+        return tuple(torch.from_numpy(mask.astype(np.float32)) for mask in masks)
+
+
+def fuse_crf_labels(scores):
+    """One label map from the pooled scores of both CRFs.
+
+    scores: float32 (h, w, 2K): K maps of the low background alpha, then K of the high one, background first.
+    Confident foreground is what the low alpha calls foreground, confident background what the high alpha
+    calls background (it wins where both are said); the rest, and cells without any score, are 255.
+    Returns uint8 (h, w); the values are positions in the score dict, not class ids.
+    """
+    low, high = np.split(scores, 2, axis=-1)
+    label = low.argmax(axis=-1).astype(np.uint8)
+    label[label == 0] = IGNORE
+    label[high.argmax(axis=-1) == 0] = 0
+    label[scores.max(axis=-1) < 1e-5] = IGNORE
+    return label
+
+
+class VOC12AffDataset(VOC12ImageDataset):
+    """(image, (bg, fg, neg)): pair labels from the CRF score files of a low and a high background alpha.
+
+    The three lists are walked in parallel; None skips a step. In each step the joint transform sees image
+    and scores concatenated to (H, W, 3 + 2K), then the image and the scores get their own transform; in the
+    end the scores are pooled to cropsize // 8 cells.
+    """
+
+    def __init__(self, img_name_list_path, label_la_dir, label_ha_dir, cropsize, voc12_root, radius=5,
+                 joint_transform_list=(), img_transform_list=(), label_transform_list=()):
+        super().__init__(img_name_list_path, voc12_root)
+        self.label_dirs = {'--la_crf_dir': label_la_dir, '--ha_crf_dir': label_ha_dir}
+        self.transforms = list(zip(joint_transform_list, img_transform_list, label_transform_list))
+        cells = cropsize // STRIDE
+        self.extract_aff_label = ExtractAffinityLabelInRadius(cells, fit_radius(cells, cells, radius))
+        for flag, folder in self.label_dirs.items():
+            for name in self.img_name_list:
+                if not os.path.isfile(os.path.join(folder, name + '.npy')):
+                    raise BadInput(f'no such score file: {os.path.join(folder, name + ".npy")} ({flag})')
+
+    def __getitem__(self, idx):
+        name, img = super().__getitem__(idx)
+        low, high = (imutils.load_scores(os.path.join(folder, name + '.npy'), flag)
+                     for flag, folder in self.label_dirs.items())
+        if list(low) != list(high):
+            raise BadInput(f'{name}.npy has the labels {list(low)} in --la_crf_dir, {list(high)} in --ha_crf_dir')
+        label = np.stack([*low.values(), *high.values()], axis=-1)             # (H, W, 2K)
+        if label.shape[:2] != img.size[::-1]:
+            raise BadInput(f'{name}.npy (--la_crf_dir, --ha_crf_dir) is {label.shape[0]}x{label.shape[1]}, '
+                           f'its image {img.size[1]}x{img.size[0]}')
+        for joint_transform, img_transform, label_transform in self.transforms:
+            if joint_transform:
+                both = joint_transform(np.concatenate([img, label], axis=-1))
+                img, label = both[..., :3], both[..., 3:]
+            if img_transform:
+                img = img_transform(img)
+            if label_transform:
+                label = label_transform(label)
+        return img, self.extract_aff_label(fuse_crf_labels(label))

@@ -1,0 +1,136 @@
+"""Writes the image-level labels of the training and validation images.
+
+    python voc12/make_cls_labels.py --voc12_root VOC2012
+
+`cd voc12; python make_cls_labels.py --voc12_root VOC2012`, the command of the original release, does the same.
+"""
+import argparse
+import os
+import sys
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO_ROOT = os.path.dirname(HERE)
+# `python voc12/make_cls_labels.py` puts voc12/ on the path, not the repository root
+sys.path.insert(0, REPO_ROOT)
+
+from tool.pyutils import BadInput, atomic_write, check_dir, exit_on_bad_input
+from voc12.canonical import compare_labels
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, NUM_CLASSES, label_from_xml,
+                         load_img_name_list)
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        description='Writes the image-level labels: a .npy file of a pickled dict, name -> float32 (20,) multi-hot.')
+    parser.add_argument('--train_list', default='train_aug.txt', type=str,
+                        help='list of the training images; a bare file name that is not in the working directory '
+                             'is looked for beside this script (default: %(default)s)')
+    parser.add_argument('--val_list', default='val.txt', type=str,
+                        help='list of further images, found like --train_list (default: %(default)s)')
+    parser.add_argument('--out', default='cls_labels.npy', type=str,
+                        help='file to write; the default (%(default)s) is written beside this script, where training '
+                             'looks for it, every other path is relative to the working directory')
+    parser.add_argument('--voc12_root', required=True, type=str,
+                        help='folder VOC2012 of the devkit; a relative path that does not exist in the working '
+                             'directory is looked for in the folder of the repository')
+    parser.add_argument('--source', default='xml', choices=['xml', 'seg'],
+                        help='where the classes come from: xml, the objects of Annotations/ (as in the original '
+                             f'labels); seg, the masks of {AUG_GT_FOLDER}/ or, where one is missing there, '
+                             f'{GT_FOLDER}/ (default: %(default)s)')
+    return parser
+
+
+def find_list(path):
+    """A bare file name that the working directory lacks means the file beside this script."""
+    if not os.path.isfile(path) and not os.path.dirname(path):
+        return os.path.join(HERE, path)
+    return path
+
+
+def find_root(voc12_root):
+    """The data root, also when it is relative to the repository and the working directory is voc12/."""
+    in_repo = os.path.join(REPO_ROOT, voc12_root)
+    if not os.path.isdir(voc12_root) and os.path.isdir(in_repo):
+        print(f'no folder {voc12_root} in the working directory; using {in_repo} (--voc12_root)')
+        return in_repo
+    check_dir(voc12_root, '--voc12_root')
+    return voc12_root
+
+
+def label_from_mask(path):
+    """float32 (20,) multi-hot of the classes in a label map (uint8 PNG, 0 background, 1..20, 255 ignored).
+
+    Raises BadInput for an unreadable file, one that is not single-channel, and values 21..254.
+    """
+    try:
+        with Image.open(path) as mask:
+            if mask.mode not in ('P', 'L'):
+                raise BadInput(f'{path} (--source seg) has mode {mask.mode}; a map of class indices is mode P or L')
+            values = np.flatnonzero(mask.histogram())
+    except (OSError, SyntaxError, ValueError) as error:      # Pillow's three ways to refuse a broken PNG
+        raise BadInput(f'cannot read the mask {path} (--source seg): {error}') from error
+    label = np.zeros(NUM_CLASSES, np.float32)
+    for value in values:
+        if 1 <= value <= NUM_CLASSES:
+            label[value - 1] = 1.
+        elif value not in (0, IGNORE):
+            raise BadInput(f'{path} (--source seg) contains {value}; class indices are 0..{NUM_CLASSES} and {IGNORE}')
+    return label
+
+
+def image_label(name, voc12_root, source):
+    """float32 (20,) multi-hot of one image; source: 'xml' or 'seg'."""
+    if source == 'xml':
+        return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'))
+    paths = [os.path.join(voc12_root, folder, name + '.png') for folder in (AUG_GT_FOLDER, GT_FOLDER)]
+    for path in paths:
+        if os.path.isfile(path):
+            return label_from_mask(path)
+    raise BadInput(f'no mask of image {name}: neither {paths[0]} nor {paths[1]} exists (--voc12_root, --source seg)')
+
+
+def report(lists, labels):
+    """Prints images per class for each list, images without any class, and how the lists compare with SEAM's.
+
+    lists: dict flag -> list of names; labels: dict name -> float32 (20,).
+    """
+    counts = [np.sum([labels[name] for name in names], axis=0).astype(int) for names in lists.values()]
+    print('images per class' + ''.join(f'{flag:>14}' for flag in lists))
+    for i, category in enumerate(CAT_LIST):
+        print(f'{category:16}' + ''.join(f'{count[i]:14d}' for count in counts))
+    print(f'{"images":16}' + ''.join(f'{len(names):14d}' for names in lists.values()))
+    for flag, names in lists.items():
+        print(f'{flag}: {compare_labels(names, labels)}')
+        empty = [name for name in names if not labels[name].any()]
+        if empty:
+            print(f'{flag}: warning: {len(empty)} images without any class, which training refuses: '
+                  + ', '.join(empty[:5]))
+
+
+def main(args):
+    lists = {flag: load_img_name_list(find_list(path), flag)
+             for flag, path in (('--train_list', args.train_list), ('--val_list', args.val_list))}
+    voc12_root = find_root(args.voc12_root)
+    out = os.path.join(HERE, args.out) if args.out == get_args_parser().get_default('out') else args.out
+    out = out if out.endswith('.npy') else out + '.npy'      # as np.save does with a path
+    check_dir(os.path.dirname(os.path.abspath(out)), '--out')
+
+    labels = {}
+    names = [name for names in lists.values() for name in names]
+    # Closed by `with`, so that an error message starts on a line of its own; no bar where no terminal is.
+    with tqdm(names, desc=f'labels from {args.source}', disable=None) as progress:
+        for name in progress:
+            labels[name] = image_label(name, voc12_root, args.source)
+    with atomic_write(out) as file:
+        np.save(file, labels, allow_pickle=True)
+    report(lists, labels)
+    print(f'{len(labels)} labels written to {out}')
+
+
+if __name__ == '__main__':
+    with exit_on_bad_input():
+        main(get_args_parser().parse_args())

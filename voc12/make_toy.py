@@ -1,0 +1,285 @@
+"""Writes a small synthetic data set in the exact layout of PASCAL VOC 2012.
+
+A miniature of weakly supervised segmentation, for trying the whole pipeline without VOC. An object is a
+small striking head, whose pattern alone gives the class away, and a larger plain body, whose colours and
+texture all classes share; about half of the images show the background kind of their class. So a plain
+classifier's CAM lights up on the heads (and somewhat on the background); reaching the bodies is left to the
+method.
+"""
+import argparse
+import colorsys
+import os
+import sys
+
+import cv2
+import numpy as np
+from PIL import Image
+
+# `python voc12/make_toy.py` puts voc12/ on the path, not the repository root
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tool.pyutils import BadInput, atomic_write, exit_on_bad_input, make_dir
+from tool.visualization import voc_palette
+from voc12.lists import ANNOT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, IMG_FOLDER, NUM_CLASSES
+
+LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
+MARKER = 'TOY.txt'                 # tells a folder of ours from a real VOC2012, whose names we would overwrite
+MIN_SIDE = 48                      # pixels; below this heads are no longer more than a few pixels
+VAL_EVERY = 4                      # one image in four goes to val
+
+# Muted, so that the saturated heads stand out.
+BODY_COLOURS = np.array([
+    (124, 92, 73), (194, 171, 140), (197, 199, 203), (73, 73, 80), (45, 39, 38), (233, 226, 211),
+    (100, 114, 139), (111, 111, 75), (108, 62, 68), (121, 101, 134), (167, 113, 94), (76, 116, 114)], np.float32)
+BACKGROUND_COLOURS = np.array([
+    (99, 128, 83), (109, 140, 171), (195, 180, 151), (147, 102, 89), (113, 113, 117), (224, 226, 232),
+    (128, 112, 142)], np.float32)
+MIN_CONTRAST = 60.                 # RGB distance of a body's colour from the colours of its background
+
+
+def smooth_noise(rng, h, w, cell):
+    """float32 (h, w) noise of about unit deviation whose blobs are about `cell` pixels wide."""
+    coarse = rng.standard_normal((int(h / cell) + 2, int(w / cell) + 2)).astype(np.float32)
+    return cv2.resize(coarse, (w, h), interpolation=cv2.INTER_CUBIC)
+
+
+def background_texture(rng, kind, h, w):
+    """float32 (h, w) relief of about -1..1: blotches, grain, waves, bricks or planks, by `kind`."""
+    y, x = np.mgrid[:h, :w].astype(np.float32) + rng.uniform(0, 50, (2, 1, 1)).astype(np.float32)
+    scale = rng.uniform(.8, 1.3) * min(h, w) / 128
+    blur = smooth_noise(rng, h, w, max(10 * scale, 2.))
+    if kind % 5 == 0:
+        return .4 * blur + .4 * smooth_noise(rng, h, w, 1.5)
+    if kind % 5 == 1:
+        return np.sin(y / (2.2 * scale) + 1.2 * blur) * .7
+    if kind % 5 == 2:
+        return .7 * blur
+    if kind % 5 == 3:
+        row = np.floor(y / (9 * scale))
+        mortar = (y % (9 * scale) < 1.5) | ((x + row % 2 * 9 * scale) % (18 * scale) < 1.5)
+        return np.where(mortar, 1., -.3 + .25 * blur)
+    return np.where(x % (13 * scale) < 1.5, -1., .2 + .5 * np.sin(x / (1.5 * scale) + blur))
+
+
+def make_background(rng, own_kind, num_kinds, h, w):
+    """float32 (h, w, 3) RGB and the list of its one or two base colours.
+
+    In 40% of the images the kind is `own_kind`, else any: like a boat's water, it hints at the class without
+    being it. Half of the images have another kind above a horizon.
+    """
+    kind = own_kind if rng.random() < .4 else int(rng.integers(num_kinds))
+    kinds = [kind] if rng.random() < .5 else [kind, int(rng.integers(num_kinds))]
+    horizon = h * rng.uniform(.15, .5) + h * .04 * smooth_noise(rng, 1, w, w / 4)[0]
+    img, colours = None, []
+    for kind in kinds:
+        colours.append(BACKGROUND_COLOURS[kind % len(BACKGROUND_COLOURS)] + rng.uniform(-14, 14, 3))
+        layer = colours[-1] + 24 * background_texture(rng, kind, h, w)[..., None]
+        img = layer if img is None else np.where((np.arange(h)[:, None] < horizon)[..., None], layer, img)
+    return img.astype(np.float32), colours
+
+
+def paint_head(k, u, v):
+    """The striking part of class `k` (0..19): float32 (..., 3) RGB and bool (...) shape.
+
+    u, v: coordinates in head radii, 0 at the centre. Pattern, outline and colour pair belong to the class.
+    """
+    radius, angle = np.hypot(u, v), np.arctan2(v, u)
+    pattern = [np.sin(5 * u) > 0,                            # stripes
+               np.sin(4 * u) * np.sin(4 * v) > 0,            # checker
+               np.cos(7.5 * radius) > -.3,                   # rings
+               np.sin(4 * angle) > 0,                        # spokes
+               np.minimum(abs(u), abs(v)) < .28,             # cross
+               np.cos(6 * u) + np.cos(6 * v) > -.3,          # dots
+               radius < .45 + .3 * np.cos(5 * angle)][k % 7]  # star
+    power = (2., 6., 1.6)[k % 3]                             # disc, square, rounded diamond
+    saturated = np.array(colorsys.hsv_to_rgb(k * .618 % 1, 1., .95)) * 255    # golden ratio: hues well apart
+    partner = np.array((250., 250., 250.) if k % 2 else (15., 15., 15.))
+    return np.where(pattern[..., None], saturated, partner), abs(u) ** power + abs(v) ** power < 1
+
+
+def make_object(rng, k, length, head_radius, colour):
+    """One object of class `k` (0..19) on a square patch: float32 (s, s, 3) RGB, bool (s, s) object, bool head.
+
+    length, head_radius: in pixels. colour: (3,) RGB of the body.
+    """
+    reach = int(length / 2 * 1.2 + 2 * head_radius) + 2
+    y, x = np.mgrid[-reach:reach + 1, -reach:reach + 1].astype(np.float32)
+    turn = rng.uniform(0, 2 * np.pi)
+    u, v = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    long, short = length / 2, length / 2 * rng.uniform(.55, .8) * (1 + .1 * (k % 3))
+    power = rng.uniform(1.8, 2.4) + .6 * (k % 2)             # mild class differences of the outline
+    wobble = 1 + .09 * np.sin(int(rng.integers(2, 5)) * np.arctan2(v, u) + rng.uniform(0, 6))
+    body = abs(u / long) ** power + abs(v / short) ** power < wobble
+    # The weave, the same for all classes, and slow shading: bodies are calmer than any background.
+    weave = 5 * np.sin(u * 1.6) * np.sin(v * 1.6) + 4 * smooth_noise(rng, *u.shape, 8)
+    rgb = colour + (weave + rng.uniform(-14, 14) * u / long)[..., None]
+    head_rgb, head = paint_head(k, (u - long * .95) / head_radius, v / head_radius)
+    return np.where(head[..., None], head_rgb, rgb).astype(np.float32), body | head, head
+
+
+def choose_body_colour(rng, k, taken):
+    """(3,) RGB from the set shared by all classes, well apart from the `taken` colours of the image."""
+    contrast = np.min([np.linalg.norm(BODY_COLOURS - colour, axis=1) for colour in taken], axis=0)
+    weights = np.ones(len(BODY_COLOURS))
+    weights[[2 * k % len(weights), (2 * k + 5) % len(weights)]] = 2.    # a class leans to two of them, no more
+    weights *= contrast >= min(MIN_CONTRAST, contrast.max())
+    return BODY_COLOURS[rng.choice(len(weights), p=weights / weights.sum())] + rng.uniform(-10, 10, 3)
+
+
+def place_object(rng, shape, head, instances, areas, pad, tries):
+    """New (h + 2 pad, w + 2 pad) instance map with one object more, or None, and the patch's slices.
+
+    instances: int map, 0 nothing, i the i-th object, whose full pixel count is areas[i - 1]. A place is
+    good if every object, the new one too, shows at least 65% of its pixels inside the frame, the new
+    head is in the frame, and heads are not hidden (`instances` holds them as -i).
+    """
+    h, w = instances.shape[0] - 2 * pad, instances.shape[1] - 2 * pad
+    size = shape.shape[0]
+    for _ in range(tries):
+        top, left = (int(rng.integers(pad, pad + side)) - size // 2 for side in (h, w))
+        window = np.s_[top:top + size, left:left + size]
+        if (instances[window][shape] < 0).any():
+            continue
+        trial = instances.copy()
+        trial[window][shape] = len(areas) + 1
+        trial[window][head] = -len(areas) - 1
+        frame = trial[pad:pad + h, pad:pad + w]
+        shown = [(abs(frame) == i).sum() / area for i, area in enumerate(areas + [shape.sum()], 1)]
+        if min(shown) >= .65 and (frame == -len(areas) - 1).sum() >= .9 * head.sum():
+            return trial, window
+    return None, None
+
+
+def make_image(seed, index, size, num_classes):
+    """Image number `index`: uint8 (h, w, 3) RGB, int (h, w) instances (0 nothing, i the i-th object), classes.
+
+    size: (H, W); each side varies by 0.85..1.15. classes: list of 0..num_classes-1, one per object. Depends
+    on (seed, index, size, num_classes) and not on how many images are made. The first object's class goes
+    round with the index, so every class has its share.
+    """
+    rng = np.random.default_rng([seed, index])
+    h, w = (int(round(side * rng.uniform(.85, 1.15))) for side in size)
+    first = index % num_classes
+    img, colours = make_background(rng, first, max(num_classes, 6), h, w)
+    pad = min(h, w)                                          # any patch fits: its half size is below this
+    img = np.pad(img, ((pad, pad), (pad, pad), (0, 0)))
+    instances, areas, classes = np.zeros((h + 2 * pad, w + 2 * pad), np.int32), [], []
+    for number in range(int(rng.choice([1, 2, 3], p=[.45, .35, .2]))):
+        k = first if number == 0 or rng.random() < .25 else int(rng.integers(num_classes))
+        length = min(h, w) * rng.uniform(.22, .7)
+        # With heads a third narrower, 250 steps from scratch taught a small classifier little.
+        head_radius = max(.085 * min(h, w), .19 * length)
+        colour = choose_body_colour(rng, k, colours)
+        rgb, shape, head = make_object(rng, k, length, head_radius, colour)
+        # The frame is empty for the first object, so a good place always turns up; others may find none.
+        trial, window = place_object(rng, shape, head, instances, areas, pad, tries=25 if number else 1000)
+        if trial is None:
+            continue
+        instances = trial
+        areas.append(shape.sum())
+        classes.append(k)
+        colours.append(colour)
+        alpha = cv2.GaussianBlur(shape.astype(np.float32), (3, 3), .6)[..., None]
+        img[window] += alpha * (rgb - img[window])
+    img, instances = img[pad:pad + h, pad:pad + w], abs(instances[pad:pad + h, pad:pad + w])
+    light = rng.uniform(-.15, .15, 2)                        # a slow illumination gradient
+    img = img * (1 + light[0] * np.linspace(-1, 1, h)[:, None, None] + light[1] * np.linspace(-1, 1, w)[:, None])
+    img = img + rng.normal(0, 4, img.shape)
+    return np.clip(img, 0, 255).astype(np.uint8), instances, classes
+
+
+def make_mask(instances, classes):
+    """uint8 (h, w) label map: 0 background, class index 1..20, 255 on the two pixels along every border."""
+    mask = np.array([0] + [k + 1 for k in classes], np.uint8)[instances]
+    levels, kernel = instances.astype(np.uint8), np.ones((3, 3), np.uint8)
+    mask[cv2.dilate(levels, kernel) != cv2.erode(levels, kernel)] = IGNORE
+    return mask
+
+
+def make_annotation(name, instances, classes):
+    """VOC's XML of one image, as text; boxes count from 1, both ends included."""
+    h, w = instances.shape
+    lines = ['<annotation>', '\t<folder>VOC2012</folder>', f'\t<filename>{name}.jpg</filename>',
+             f'\t<size><width>{w}</width><height>{h}</height><depth>3</depth></size>', '\t<segmented>1</segmented>']
+    for number, k in enumerate(classes, 1):
+        ys, xs = np.nonzero(instances == number)
+        x0, y0, x1, y1 = xs.min() + 1, ys.min() + 1, xs.max() + 1, ys.max() + 1
+        cut = int(x0 == 1 or y0 == 1 or x1 == w or y1 == h)
+        lines += ['\t<object>', f'\t\t<name>{CAT_LIST[k]}</name>', '\t\t<pose>Unspecified</pose>',
+                  f'\t\t<truncated>{cut}</truncated>', '\t\t<difficult>0</difficult>',
+                  f'\t\t<bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>',
+                  '\t</object>']
+    return '\n'.join(lines + ['</annotation>', ''])
+
+
+def split_indices(count, num_classes):
+    """(train, val) index lists: every fourth image of each class's turn is val, so from 4 * num_classes
+    images on every class is in both."""
+    by_class = sorted(range(count), key=lambda index: (index % num_classes, index))
+    val = sorted(by_class[1::VAL_EVERY])
+    return sorted(set(range(count)) - set(val)), val
+
+
+def check_args(args):
+    """Raises BadInput for values out of range and for a folder that holds something else."""
+    if not 1 <= args.classes <= NUM_CLASSES:
+        raise BadInput(f'--classes must be 1..{NUM_CLASSES}, not {args.classes}')
+    if not 2 <= args.count <= 999999:
+        raise BadInput(f'--count must be 2..999999, not {args.count}')
+    if min(args.size) < MIN_SIDE:
+        raise BadInput(f'--size must be at least {MIN_SIDE} pixels a side, not {args.size[0]} {args.size[1]}')
+    if args.seed < 0:
+        raise BadInput(f'--seed must be 0 or more, not {args.seed}')
+    if os.path.isdir(args.out) and os.listdir(args.out) and not os.path.isfile(os.path.join(args.out, MARKER)):
+        raise BadInput(f'{args.out} holds files that are no toy set; name an empty or new folder (--out)')
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description='Write a synthetic data set in the layout of VOC2012.')
+    parser.add_argument('--out', required=True, metavar='ROOT',
+                        help='folder to write, the --voc12_root of the other scripts; a toy set there is overwritten')
+    parser.add_argument('--count', default=400, type=int, metavar='N',
+                        help='number of images, a quarter of them val; use 4 per class or more')
+    parser.add_argument('--size', default=(128, 160), type=int, nargs=2, metavar=('H', 'W'),
+                        help='height and width in pixels; each image varies by 15%% around them')
+    parser.add_argument('--classes', default=6, type=int, metavar='K',
+                        help="use the first K of VOC's class names, 1..20; networks keep their 21 outputs")
+    parser.add_argument('--seed', default=0, type=int, metavar='S', help='same seed and flags, same files')
+    return parser
+
+
+def main(args):
+    check_args(args)
+
+    def save(path, data, **options):
+        """Writes text, or an image with Pillow's options, to a path below --out."""
+        with atomic_write(os.path.join(args.out, path)) as file:
+            if isinstance(data, str):
+                file.write(data.encode())
+            else:
+                data.save(file, **options)
+
+    make_dir(args.out, '--out')
+    save(MARKER, f'made by voc12/make_toy.py --count {args.count} --size {args.size[0]} {args.size[1]} '
+                 f'--classes {args.classes} --seed {args.seed}\n')
+    for folder in (IMG_FOLDER, GT_FOLDER, ANNOT_FOLDER, LIST_FOLDER):
+        make_dir(os.path.join(args.out, folder), '--out')
+
+    names = [f'2007_{index + 1:06d}' for index in range(args.count)]
+    for index, name in enumerate(names):
+        img, instances, classes = make_image(args.seed, index, args.size, args.classes)
+        mask = Image.fromarray(make_mask(instances, classes))
+        mask.putpalette(voc_palette().tobytes())
+        save(os.path.join(IMG_FOLDER, name + '.jpg'), Image.fromarray(img), format='JPEG', quality=92)
+        save(os.path.join(GT_FOLDER, name + '.png'), mask, format='PNG')
+        save(os.path.join(ANNOT_FOLDER, name + '.xml'), make_annotation(name, instances, classes))
+
+    train, val = split_indices(args.count, args.classes)
+    for split, indices in (('train', train), ('val', val), ('trainval', range(args.count))):
+        save(os.path.join(LIST_FOLDER, split + '.txt'), ''.join(names[index] + '\n' for index in indices))
+    print(f'{args.count} images ({len(train)} train, {len(val)} val) of {args.classes} classes in {args.out}')
+
+
+if __name__ == '__main__':
+    with exit_on_bad_input():
+        main(get_args_parser().parse_args())
