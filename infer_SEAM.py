@@ -1,6 +1,5 @@
 """Step 2: class activation maps over scales and mirrors, and their dense CRF. See the README."""
 import argparse
-import importlib
 import os
 
 import numpy as np
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils
-from tool.pyutils import BadInput, check_file, exit_on_bad_input, make_dir
+from tool.pyutils import BadInput, check_file, exit_on_bad_input, import_network, make_dir
 from tool.torchutils import get_device
 from voc12.data import VOC12ClsDatasetMSF
 from voc12.lists import NUM_CLASSES, get_img_path
@@ -109,7 +108,7 @@ def main(args):
                                  inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
                                  cls_labels=args.cls_labels)
     loader = DataLoader(dataset, batch_size=1, num_workers=args.num_workers, pin_memory=device.type == 'cuda')
-    net = importlib.import_module(args.network).Net(NUM_CLASSES)
+    net = import_network(args.network).Net(NUM_CLASSES)
     load_weights(net, args.weights)
     net.eval().to(device)
     for folder, flag in ((args.out_cam, '--out_cam'), (args.out_cam_pred, '--out_cam_pred'),

@@ -1,6 +1,5 @@
 """Step 4: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
 import argparse
-import importlib
 import os
 import warnings
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from network.resnet38d import load_weights
 from tool import imutils
 from tool.pairs import fit_radius, pair_indices
-from tool.pyutils import BadInput, check_dir, check_file, exit_on_bad_input, make_dir, str2bool
+from tool.pyutils import BadInput, check_dir, check_file, exit_on_bad_input, import_network, make_dir, str2bool
 from tool.torchutils import get_device
 from voc12.data import STRIDE, VOC12ImageDataset
 from voc12.lists import NUM_CLASSES
@@ -91,7 +90,7 @@ def main(args):
     for name in dataset.img_name_list:
         check_file(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
     loader = DataLoader(dataset, batch_size=1, num_workers=args.num_workers, pin_memory=device.type == 'cuda')
-    net = importlib.import_module(args.network).Net()
+    net = import_network(args.network).Net()
     load_weights(net, args.weights)
     net.eval().to(device)
     make_dir(args.out_rw, '--out_rw')

@@ -1,6 +1,5 @@
 """Step 1: trains ResNet38 with SEAM on image-level labels. See the README."""
 import argparse
-import importlib
 import itertools
 
 import numpy as np
@@ -13,7 +12,8 @@ from tqdm import tqdm
 from network.resnet38_SEAM import suppress_weaker_classes
 from network.resnet38d import load_weights
 from tool import imutils, visualization
-from tool.pyutils import AverageMeter, BadInput, Logger, Timer, exit_on_bad_input, progress_line
+from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_file, exit_on_bad_input, import_network,
+                          progress_line)
 from tool.torchutils import PolyOptimizer, calibrate_batch_norm, get_device, parallel, save_weights, set_seed
 from voc12.data import VOC12ClsDataset
 from voc12.lists import NUM_CLASSES
@@ -115,6 +115,8 @@ def get_args_parser():
                         help='classification loss on one view, no SEAM: the CAM baseline of table 1')
     parser.add_argument('--train_bn', action='store_true',
                         help='train batch norm and the early layers too, to pretrain from random weights')
+    parser.add_argument('--dropout', default=1.0, type=float,
+                        help='factor on the dropout rates; 0 learns faster from random weights')
     # optimisation
     parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
     parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
@@ -132,8 +134,8 @@ def get_args_parser():
 
 
 def main(args):
-    log = Logger(args.session_name + '.log')
-    log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
+    if args.weights:
+        check_file(args.weights, '--weights')
     set_seed(args.seed)
     device = get_device(args.device)
 
@@ -156,8 +158,11 @@ def main(args):
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
-    net = importlib.import_module(args.network).Net(NUM_CLASSES)
+    net = import_network(args.network).Net(NUM_CLASSES)
     net.train_bn = args.train_bn
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p *= args.dropout
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},
@@ -168,9 +173,11 @@ def main(args):
     if args.weights:
         load_weights(net, args.weights, new_heads=net.new_heads)
     net.to(device)
+    log = Logger(args.session_name + '.log')      # not before all input is checked: it replaces the last run's
+    log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
     if not args.weights:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
-            '(--classifier_only --train_bn). Calibrating batch norm ...')
+            '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))
     model = parallel(net.train(), device)
 

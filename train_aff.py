@@ -1,6 +1,5 @@
 """Step 3: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
-import importlib
 import itertools
 
 import numpy as np
@@ -11,7 +10,8 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils
-from tool.pyutils import AverageMeter, BadInput, Logger, Timer, check_dir, exit_on_bad_input, progress_line
+from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_dir, check_file, exit_on_bad_input,
+                          import_network, progress_line)
 from tool.torchutils import PolyOptimizer, calibrate_batch_norm, get_device, parallel, save_weights, set_seed
 from voc12.data import STRIDE, VOC12AffDataset
 
@@ -69,8 +69,8 @@ def main(args):
         raise BadInput(f'--crop_size {args.crop_size}: a multiple of {STRIDE} from 32 on is needed, labels have one cell per {STRIDE} px')
     check_dir(args.la_crf_dir, '--la_crf_dir')
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
-    log = Logger(args.session_name + '.log')
-    log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
+    if args.weights:
+        check_file(args.weights, '--weights')
     set_seed(args.seed)
     device = get_device(args.device)
 
@@ -91,7 +91,7 @@ def main(args):
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
-    net = importlib.import_module(args.network).Net()
+    net = import_network(args.network).Net()
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},
@@ -102,6 +102,8 @@ def main(args):
     if args.weights:
         load_weights(net, args.weights, new_heads=net.new_heads)
     net.to(device)
+    log = Logger(args.session_name + '.log')      # not before all input is checked: it replaces the last run's
+    log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
     if not args.weights:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for img, _ in itertools.islice(loader, 10)))

@@ -1,6 +1,7 @@
 """Small helpers: bad input, files, flags, meters. Needs no torch."""
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -36,6 +37,16 @@ def check_file(path, flag):
     """Raises BadInput unless `path` is a file; `flag` is the command-line flag that named it."""
     if not os.path.isfile(path):
         raise BadInput(f'no such file: {path} ({flag})')
+
+
+def import_network(name):
+    """The module of the `--network` flag, which has a class Net. Raises BadInput."""
+    try:
+        module = importlib.import_module(name)
+        module.Net
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f'no network {name} (--network): {error}') from error
+    return module
 
 
 def make_dir(path, flag):

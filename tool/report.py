@@ -1,0 +1,102 @@
+"""The demo's table and picture, and the trivial answers that they are compared with.
+
+    python tool/report.py trivial --cam_dir CAMS --out_dir DIR          label maps that know nothing but the labels
+    python tool/report.py table --logfile evallog.txt                   what evaluation.py has logged, as a table
+    python tool/report.py picture --out result.png ...                  image, ground truth and results, side by side
+"""
+import argparse
+import ast
+import os
+import sys
+
+import numpy as np
+from PIL import Image
+
+# `python tool/report.py` puts tool/ on the path, not the repository root
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tool import imutils, visualization
+from tool.pyutils import atomic_write, exit_on_bad_input, make_dir
+
+
+def write_trivial(args):
+    """For each CAM dict, two label maps: all background, and the image's first class everywhere."""
+    for kind in ('background', 'labels'):
+        folder = os.path.join(args.out_dir, kind)
+        make_dir(folder, '--out_dir')
+        for file in sorted(os.listdir(args.cam_dir)):
+            cam_dict = imutils.load_scores(os.path.join(args.cam_dir, file), '--cam_dir')
+            key, cam = next(iter(cam_dict.items()))
+            labels = np.full(cam.shape, key + 1 if kind == 'labels' else 0)
+            imutils.save_label_map(os.path.join(folder, file.replace('.npy', '.png')), labels)
+
+
+def read_log(path):
+    """Entries of evaluation.py's log file, in order: (comment, dict of numbers or lists in percent)."""
+    with open(path, encoding='utf-8') as file:
+        lines = file.read().splitlines()
+    return [(head.split('\t', 1)[1], {key: ast.literal_eval(value) for key, value in
+                                      (field.split(':', 1) for field in numbers.split('  '))})
+            for head, numbers in zip(lines[0::3], lines[1::3])]
+
+
+def print_table(args):
+    """A markdown table: one row per log entry; of a curve, the best background score over the classes present."""
+    print('| result | background score | mIoU, 21 classes | mIoU, classes present |')
+    print('|---|---|---|---|')
+    for comment, numbers in read_log(args.logfile):
+        miou, present = numbers['mIoU'], numbers['mIoU_present']
+        score = ''
+        if isinstance(miou, list):
+            best = int(np.argmax(present))
+            miou, present, score = miou[best], present[best], f'{best / 100:.2f}'
+        print(f'| {comment} | {score} | {miou:.1f} | {present:.1f} |')
+
+
+def draw_picture(args):
+    """A contact sheet, one row per name: image, ground truth, plain CAM, SEAM CAM, CRF, pseudo label."""
+    with open(args.list, encoding='utf-8') as file:
+        names = file.read().split()
+    rows = []
+    for name in names[:args.count]:
+        img = np.asarray(imutils.read_image(os.path.join(args.voc12_root, 'JPEGImages', name + '.jpg')))
+        heats = [np.stack(list(imutils.load_scores(os.path.join(folder, name + '.npy'), flag).values())).max(axis=0)
+                 for folder, flag in ((args.plain_dir, '--plain_dir'), (args.cam_dir, '--cam_dir'))]
+        crf = imutils.load_scores(os.path.join(args.crf_dir, name + '.npy'), '--crf_dir')
+        crf_labels = np.array(list(crf))[np.stack(list(crf.values())).argmax(axis=0)]
+        gt = imutils.read_label_map(os.path.join(args.voc12_root, 'SegmentationClass', name + '.png'), '--voc12_root')
+        walk = imutils.read_label_map(os.path.join(args.rw_dir, name + '.png'), '--rw_dir')
+        rows.append([img, visualization.labels_on_image(img, gt), *(visualization.cam_on_image(img, h) for h in heats),
+                     visualization.labels_on_image(img, crf_labels), visualization.labels_on_image(img, walk)])
+    sheet = visualization.contact_sheet(rows, ['image', 'ground truth', 'plain CAM', 'SEAM CAM', 'SEAM + CRF', 'random walk'])
+    with atomic_write(args.out) as file:
+        Image.fromarray(sheet).save(file, format='PNG', optimize=True)
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    trivial = commands.add_parser('trivial')
+    trivial.add_argument('--cam_dir', required=True, help='CAM dicts, for the names, sizes and classes')
+    trivial.add_argument('--out_dir', required=True, help='writes background/ and labels/ in it')
+    trivial.set_defaults(main=write_trivial)
+    table = commands.add_parser('table')
+    table.add_argument('--logfile', required=True, help='log file of evaluation.py')
+    table.set_defaults(main=print_table)
+    picture = commands.add_parser('picture')
+    picture.add_argument('--voc12_root', required=True, help='data root, with JPEGImages/ and SegmentationClass/')
+    picture.add_argument('--list', required=True, help='image names, one a line')
+    picture.add_argument('--count', default=5, type=int, help='how many of them')
+    picture.add_argument('--plain_dir', required=True, help='CAM dicts of the plain classifier')
+    picture.add_argument('--cam_dir', required=True, help='CAM dicts of SEAM')
+    picture.add_argument('--crf_dir', required=True, help='CRF dicts')
+    picture.add_argument('--rw_dir', required=True, help='pseudo labels of the random walk')
+    picture.add_argument('--out', required=True, help='PNG to write')
+    picture.set_defaults(main=draw_picture)
+    return parser
+
+
+if __name__ == '__main__':
+    with exit_on_bad_input():
+        arguments = get_args_parser().parse_args()
+        arguments.main(arguments)
