@@ -1,4 +1,4 @@
-"""Step 5: mIoU of label maps or of score dicts, or its curve over the background score. See the README."""
+"""Steps 3 and 6: mIoU of label maps or of score dicts, or its curve over the background score. See the README."""
 import argparse
 import concurrent.futures
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tool import imutils
-from tool.pyutils import BadInput, check_dir, check_file, exit_on_bad_input, str2bool
+from tool.pyutils import BadInput, check_dir, check_file, check_range, exit_on_bad_input, make_dir, str2bool
 from voc12.lists import CAT_LIST, GT_FOLDER, IGNORE, NUM_CLASSES, load_img_name_list
 
 CATEGORIES = ['background'] + CAT_LIST
@@ -37,7 +37,7 @@ def confusion_curve(gt, scores, thresholds):
     best = stack.argmax(axis=0)
     thresholds = thresholds.astype(np.float32)
     # at how many of the thresholds, counted from the lowest, does the class win?
-    wins = np.searchsorted(thresholds, np.take_along_axis(stack, best[None], axis=0)[0], side='left')
+    wins = np.searchsorted(thresholds, stack.max(axis=0), side='left')
     counted = gt != IGNORE
     bins = (len(thresholds) + 1, OTHER + 1, OTHER + 1)
     index = np.ravel_multi_index((wins[counted], np.minimum(gt[counted], OTHER), best[counted] + 1), bins)
@@ -71,18 +71,17 @@ def score_image(name, args, thresholds):
     if args.type == 'png':
         scores = {0: imutils.read_label_map(path, '--predict_dir')}
     else:
-        scores = imutils.load_scores(path, '--predict_dir')
+        scores = imutils.load_scores(path, '--predict_dir', 'crf' if args.type == 'crf' else 'cam')
     for key, array in scores.items():
         if array.shape != gt.shape:
             raise BadInput(f'{path} (--predict_dir) is {"x".join(map(str, array.shape))}, '
                            f'{gt_path} (--gt_dir) {"x".join(map(str, gt.shape))}')
-        if not 0 <= key < NUM_CLASSES + (args.type == 'crf'):
-            raise BadInput(f'{path} (--predict_dir) has the key {key}; is it a CRF file? Those need --type crf')
+        if key >= NUM_CLASSES + (args.type == 'crf'):
+            raise BadInput(f'{path} (--predict_dir) has the key {key}, which is no class of --type {args.type}')
     if args.type == 'npy':
         matrices = confusion_curve(gt, scores, thresholds)
     elif args.type == 'crf':
-        labels = np.array(list(scores))[np.stack(list(scores.values())).argmax(axis=0)]
-        matrices = confusion(gt, labels)[None]
+        matrices = confusion(gt, imutils.strongest_label(scores) if scores else np.zeros_like(gt))[None]
     else:
         matrices = confusion(gt, scores[0])[None]
     return matrices, (gt == IGNORE).any(), ((gt > 0) & (gt != IGNORE)).any()
@@ -92,7 +91,8 @@ def evaluate(names, args, thresholds):
     """int64 (thresholds, 22, 22) confusion over a list. Warns of ground truth that cannot be right."""
     total, any_ignored, any_object = 0, False, False
     work = functools.partial(score_image, args=args, thresholds=thresholds)
-    workers = min(args.num_workers, multiprocessing.cpu_count(), len(names) // 50)    # a process pays off from 50 images
+    # a process takes as long to start as 50 images to score
+    workers = min(args.num_workers, multiprocessing.cpu_count(), len(names) // 50)
     with concurrent.futures.ProcessPoolExecutor(max(workers, 1), multiprocessing.get_context('spawn')) as pool:
         results = pool.map(work, names, chunksize=8) if workers > 1 else map(work, names)
         for matrices, ignored, objects in tqdm(results, total=len(names), desc='evaluation', dynamic_ncols=True):
@@ -136,6 +136,8 @@ def main(args):
         raise BadInput('--curve needs score dicts: --type npy')
     if args.type == 'npy' and not args.curve and args.t is None:
         raise BadInput('--type npy needs a background score, --t, or --curve')
+    check_range(args, 0, 256, 'num_workers')
+    make_dir(os.path.dirname(os.path.abspath(args.logfile)), '--logfile')
     check_dir(args.predict_dir, '--predict_dir')
     check_dir(args.gt_dir, '--gt_dir')
     names = load_img_name_list(args.list, '--list')

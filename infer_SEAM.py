@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils
-from tool.pyutils import BadInput, check_file, exit_on_bad_input, import_network, make_dir
+from tool.pyutils import BadInput, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.torchutils import get_device
 from voc12.data import VOC12ClsDatasetMSF
 from voc12.lists import NUM_CLASSES, get_img_path
@@ -54,7 +54,8 @@ def crf_with_alpha(cam_dict, alpha, orig_img):
     The background score is (1 - the largest map)^alpha: the higher alpha, the less background.
     """
     maps = np.stack(list(cam_dict.values()))
-    background = np.power(1 - maps.max(axis=0, keepdims=True), alpha)
+    with np.errstate(over='ignore'):    # a nearly flat map can be far below 0; the CRF clips the score to 1
+        background = np.power(1 - maps.max(axis=0, keepdims=True), alpha)
     posterior = imutils.crf_inference(orig_img, np.concatenate([background, maps]), labels=1 + len(maps))
     return dict(zip([0] + [key + 1 for key in cam_dict], posterior))
 
@@ -78,7 +79,7 @@ def get_args_parser():
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
     parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
     # maps
     parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
                         help='factors of the image size; each is run with its mirror image')
@@ -98,17 +99,21 @@ def get_args_parser():
 def main(args):
     if not (args.out_cam or args.out_crf or args.out_cam_pred):
         raise BadInput('nothing to write: give --out_cam, --out_crf or --out_cam_pred')
+    check_range(args, 0.01, 100, 'scales', 'crf_alpha')
+    check_range(args, 0, 256, 'num_workers')
     check_file(args.weights, '--weights')
     device = get_device(args.device)
     crf_dirs = {alpha: f'{args.out_crf}_{alpha:.1f}' for alpha in args.crf_alpha} if args.out_crf else {}
+    if len(set(crf_dirs.values())) < len(crf_dirs):
+        raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
     if crf_dirs:
         imutils.check_crf('--out_crf')
 
+    to_array = transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW])
     dataset = VOC12ClsDatasetMSF(args.infer_list, voc12_root=args.voc12_root, scales=args.scales,
-                                 inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
-                                 cls_labels=args.cls_labels)
+                                 inter_transform=to_array, cls_labels=args.cls_labels)
     loader = DataLoader(dataset, batch_size=1, num_workers=args.num_workers, pin_memory=device.type == 'cuda')
-    net = import_network(args.network).Net(NUM_CLASSES)
+    net = import_network(args.network, 'PCM').Net(num_classes=NUM_CLASSES)
     load_weights(net, args.weights)
     net.eval().to(device)
     for folder, flag in ((args.out_cam, '--out_cam'), (args.out_cam_pred, '--out_cam_pred'),

@@ -1,4 +1,4 @@
-"""Step 4: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
+"""Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
 import argparse
 import os
 import warnings
@@ -13,7 +13,8 @@ from tqdm import tqdm
 from network.resnet38d import load_weights
 from tool import imutils
 from tool.pairs import fit_radius, pair_indices
-from tool.pyutils import BadInput, check_dir, check_file, exit_on_bad_input, import_network, make_dir, str2bool
+from tool.pyutils import (BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir,
+                          str2bool)
 from tool.torchutils import get_device
 from voc12.data import STRIDE, VOC12ImageDataset
 from voc12.lists import NUM_CLASSES
@@ -61,15 +62,17 @@ def get_args_parser():
     # data
     parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
     parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
-    parser.add_argument('--cam_dir', required=True, help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
+    parser.add_argument('--cam_dir', required=True,
+                        help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
     parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
     # random walk
     parser.add_argument('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
-    parser.add_argument('--beta', default=8, type=int, help='exponent of the affinities: the higher, the shyer the walk')
+    parser.add_argument('--beta', default=8, type=int,
+                        help='exponent of the affinities: the higher, the more weak ones are suppressed')
     parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
     parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
                         help='one iteration of the dense CRF on the result')
@@ -80,6 +83,8 @@ def get_args_parser():
 
 @torch.inference_mode()
 def main(args):
+    check_range(args, 0, 256, 'num_workers', 'beta')
+    check_range(args, 0, 20, 'logt')
     check_file(args.weights, '--weights')
     check_dir(args.cam_dir, '--cam_dir')
     device = get_device(args.device)
@@ -90,7 +95,7 @@ def main(args):
     for name in dataset.img_name_list:
         check_file(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
     loader = DataLoader(dataset, batch_size=1, num_workers=args.num_workers, pin_memory=device.type == 'cuda')
-    net = import_network(args.network).Net()
+    net = import_network(args.network, 'radius').Net()
     load_weights(net, args.weights)
     net.eval().to(device)
     make_dir(args.out_rw, '--out_rw')
@@ -100,12 +105,14 @@ def main(args):
         img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
         size = img.shape[2:]
         cam_path = os.path.join(args.cam_dir, name + '.npy')
-        cam_dict = imutils.load_scores(cam_path, '--cam_dir')
-        if any(class_map.shape != (h, w) for class_map in cam_dict.values()) or not cam_dict:
+        cam_dict = imutils.load_scores(cam_path, '--cam_dir', 'cam')
+        if not cam_dict or max(cam_dict) >= NUM_CLASSES:
+            raise BadInput(f'{cam_path} (--cam_dir) has the classes {list(cam_dict)}, not some of 0..{NUM_CLASSES - 1}')
+        if any(class_map.shape != (h, w) for class_map in cam_dict.values()):
             raise BadInput(f'{cam_path} (--cam_dir) does not fit the image, which is {h}x{w}')
         scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, args.alpha, size)).to(device), STRIDE)
         present = [0] + [key + 1 for key in sorted(cam_dict)]
-        radius = fit_radius(*scores.shape[1:])
+        radius = fit_radius(*scores.shape[1:], net.radius)
         scores[present] = random_walk(scores[present], net(img.to(device)), radius, args.beta, args.logt)
         scores = F.interpolate(scores[None], size, mode='bilinear', align_corners=False)[0].cpu().numpy()
         if args.crf:

@@ -12,11 +12,14 @@ from tqdm import tqdm
 from network.resnet38_SEAM import suppress_weaker_classes
 from network.resnet38d import load_weights
 from tool import imutils, visualization
-from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_file, exit_on_bad_input, import_network,
-                          progress_line)
+from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_file, check_range, exit_on_bad_input,
+                          import_network, progress_line)
 from tool.torchutils import PolyOptimizer, calibrate_batch_norm, get_device, parallel, save_weights, set_seed
 from voc12.data import VOC12ClsDataset
 from voc12.lists import NUM_CLASSES
+
+
+VIEW_SCALE = 0.3        # size of the second view
 
 
 # ----- the objective -----
@@ -66,7 +69,7 @@ def hard_example_mean(difference, topk_ratio):
     return flat.topk(int(flat.shape[1] * topk_ratio), dim=1).values.mean()
 
 
-def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, scale_factor=0.3, topk_ratio=0.2):
+def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, scale_factor=VIEW_SCALE, topk_ratio=0.2):
     """The SEAM objective (paper eq. 8-12; published implementation where they differ). Writes into no argument.
 
     cam1, cam_rv1: raw network outputs (N, 1+C, H, W) of the images. cam2, cam_rv2: of the images scaled by
@@ -87,7 +90,7 @@ def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, scale_factor=0.3, topk_ratio=
         'loss_ecr1': hard_example_mean((pseudo_label(norm2) - norm_rv1).abs(), topk_ratio),
         'loss_ecr2': hard_example_mean((pseudo_label(norm1) - norm_rv2).abs(), topk_ratio),
     }
-    terms['loss_cls'] = (terms['loss_cls1'] + terms['loss_cls2']) / 2 + (terms['loss_rvmin1'] + terms['loss_rvmin2']) / 2
+    terms['loss_cls'] = (terms['loss_cls1'] + terms['loss_cls2'] + terms['loss_rvmin1'] + terms['loss_rvmin2']) / 2
     terms['loss_ecr'] = terms['loss_ecr1'] + terms['loss_ecr2']
     terms['loss'] = terms['loss_cls'] + terms['loss_er'] + terms['loss_ecr']
     return terms
@@ -134,6 +137,13 @@ def get_args_parser():
 
 
 def main(args):
+    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'resize_long')
+    check_range(args, 0, 256, 'num_workers')
+    check_range(args, 0, 100, 'lr', 'wt_dec')
+    check_range(args, 16, 10 ** 5, 'crop_size')
+    check_range(args, 0, 1, 'dropout')
+    if args.resize_long[0] > args.resize_long[1]:
+        raise BadInput(f'--resize_long {args.resize_long}: the smaller value comes first')
     if args.weights:
         check_file(args.weights, '--weights')
     set_seed(args.seed)
@@ -158,7 +168,7 @@ def main(args):
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
-    net = import_network(args.network).Net(NUM_CLASSES)
+    net = import_network(args.network, 'PCM').Net(num_classes=NUM_CLASSES)
     net.train_bn = args.train_bn
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout2d):
@@ -173,7 +183,7 @@ def main(args):
     if args.weights:
         load_weights(net, args.weights, new_heads=net.new_heads)
     net.to(device)
-    log = Logger(args.session_name + '.log')      # not before all input is checked: it replaces the last run's
+    log = Logger(args.session_name + '.log')
     log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
     if not args.weights:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
@@ -192,7 +202,8 @@ def main(args):
                 if args.classifier_only:
                     terms = {'loss': classification_loss(cam1, label)}
                 else:
-                    cam2, cam_rv2 = model(F.interpolate(img, scale_factor=0.3, mode='bilinear', align_corners=True))
+                    img2 = F.interpolate(img, scale_factor=VIEW_SCALE, mode='bilinear', align_corners=True)
+                    cam2, cam_rv2 = model(img2)
                     terms = seam_loss(cam1, cam_rv1, cam2, cam_rv2, label)
                 optimizer.zero_grad()
                 terms['loss'].backward()
@@ -201,10 +212,11 @@ def main(args):
                 meter.add({key: value.detach() for key, value in terms.items()})
                 if (optimizer.global_step - 1) % 50 == 0:
                     means = meter.pop()
-                    log(progress_line(optimizer, timer, args.batch_size,
-                                      [means[key] for key in ('loss', 'loss_cls', 'loss_er', 'loss_ecr') if key in means]))
+                    shown = [means[key] for key in ('loss', 'loss_cls', 'loss_er', 'loss_ecr') if key in means]
+                    log(progress_line(optimizer, timer, args.batch_size, shown))
                     if writer:
-                        visualization.write_cams(writer, optimizer.global_step, means, img[0], label[0], cam1[0], cam_rv1[0])
+                        visualization.write_cams(writer, optimizer.global_step, means, img[0], label[0],
+                                                 cam1[0], cam_rv1[0])
     except (BadInput, KeyboardInterrupt):
         save_weights(net, args.session_name + '_stopped.pth')
         log(f'stopped at step {optimizer.global_step}; the weights so far: {args.session_name}_stopped.pth')

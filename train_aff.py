@@ -1,4 +1,4 @@
-"""Step 3: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
+"""Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
 import itertools
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils
-from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_dir, check_file, exit_on_bad_input,
+from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_dir, check_file, check_range, exit_on_bad_input,
                           import_network, progress_line)
 from tool.torchutils import PolyOptimizer, calibrate_batch_norm, get_device, parallel, save_weights, set_seed
 from voc12.data import STRIDE, VOC12AffDataset
@@ -65,19 +65,23 @@ def get_args_parser():
 
 
 def main(args):
-    if args.crop_size % STRIDE or args.crop_size < 2 * STRIDE * 2:
-        raise BadInput(f'--crop_size {args.crop_size}: a multiple of {STRIDE} from 32 on is needed, labels have one cell per {STRIDE} px')
+    if args.crop_size % STRIDE or args.crop_size < 5 * STRIDE:      # on 4 x 4 cells no two form a pair
+        raise BadInput(f'--crop_size {args.crop_size}: a multiple of {STRIDE} from {5 * STRIDE} on is needed')
     check_dir(args.la_crf_dir, '--la_crf_dir')
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
+    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches')
+    check_range(args, 0, 256, 'num_workers')
+    check_range(args, 0, 100, 'lr', 'wt_dec')
     if args.weights:
         check_file(args.weights, '--weights')
     set_seed(args.seed)
     device = get_device(args.device)
 
     # ----- data -----
+    net = import_network(args.network, 'radius').Net()
     dataset = VOC12AffDataset(
         args.train_list, label_la_dir=args.la_crf_dir, label_ha_dir=args.ha_crf_dir,
-        cropsize=args.crop_size, voc12_root=args.voc12_root, radius=5,
+        cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius,
         # the crop comes before the normalisation: what lies outside the image is black, not the mean colour
         joint_transform_list=[None, None, imutils.RandomCrop(args.crop_size), imutils.RandomHorizontalFlip()],
         img_transform_list=[transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
@@ -91,7 +95,6 @@ def main(args):
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
-    net = import_network(args.network).Net()
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},
@@ -102,7 +105,7 @@ def main(args):
     if args.weights:
         load_weights(net, args.weights, new_heads=net.new_heads)
     net.to(device)
-    log = Logger(args.session_name + '.log')      # not before all input is checked: it replaces the last run's
+    log = Logger(args.session_name + '.log')
     log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
     if not args.weights:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')

@@ -69,7 +69,7 @@ class Net(resnet38d.Net):
         cam = F.interpolate(cam, (h, w), mode='bilinear', align_corners=True).flatten(2)   # (N, K, hw)
         f = self.f9(f).flatten(2)                                                          # (N, 3 width, hw)
         f = f / (f.norm(dim=1, keepdim=True) + 1e-5)
-        affinity = F.relu(f.transpose(1, 2) @ f)                                           # (N, hw, hw)
+        affinity = (f.transpose(1, 2) @ f).relu_()                                         # (N, hw, hw)
         # dividing after the product leaves the hw x hw matrix uncopied
         refined = (cam @ affinity) / (affinity.sum(dim=1, keepdim=True) + 1e-5)
         return refined.view(n, -1, h, w)

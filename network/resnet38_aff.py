@@ -37,11 +37,12 @@ def to_dense_matrix(aff, h, w, radius):
 
 
 class Net(resnet38d.Net):
+    """AffinityNet. Pairs are pixels of the feature map less than `radius` apart."""
     new_heads = ('f8_3.weight', 'f8_4.weight', 'f8_5.weight', 'f9.weight')
+    radius = 5
 
-    def __init__(self, width=64, radius=5):
+    def __init__(self, width=64):
         super().__init__(width)
-        self.radius = radius
         self.f8_3 = nn.Conv2d(8 * width, width, 1, bias=False)
         self.f8_4 = nn.Conv2d(16 * width, 2 * width, 1, bias=False)
         self.f8_5 = nn.Conv2d(64 * width, 4 * width, 1, bias=False)

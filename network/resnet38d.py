@@ -199,7 +199,8 @@ def _read_state_dict(path):
     except Exception as error:          # a damaged pickle raises whatever it likes
         reason = str(error).strip().split('\n')[0] or type(error).__name__
         raise BadInput(f'cannot read the weights {path} (--weights): {reason}') from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
         raise BadInput(f'{path} (--weights) holds no state dict (name -> tensor)')
     return {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
 

@@ -70,7 +70,9 @@ def test_workers_give_the_same_sums_as_one_process(g, tmp_path):
             names.append(f'{name}_{copy}')
             for kind, folder in (('gt', 'gt'), ('pred', 'pred')):
                 os.makedirs(tmp_path / folder, exist_ok=True)
-                os.symlink(os.path.join(GOLDEN, 'g09_png', f'{name}_{kind}.png'), tmp_path / folder / f'{names[-1]}.png')
+                os.symlink(os.path.join(GOLDEN, 'g09_png', f'{name}_{kind}.png'),
+                           tmp_path / folder / f'{names[-1]}.png')
     args = argparse.Namespace(gt_dir=str(tmp_path / 'gt'), predict_dir=str(tmp_path / 'pred'), type='png')
-    one, two = (evaluation.evaluate(names, argparse.Namespace(**vars(args), num_workers=n), np.zeros(1)) for n in (0, 8))
+    one, two = (evaluation.evaluate(names, argparse.Namespace(**vars(args), num_workers=n), np.zeros(1))
+                for n in (0, 8))
     assert (one == two).all() and one.sum() == 12 * sum((g[f'gt:{name}'] != 255).sum() for name in g['names'])

@@ -1,4 +1,5 @@
 """The scripts through the command line: the whole pipeline on a tiny toy set, and one test per bad input."""
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ from PIL import Image
 from conftest import ROOT
 
 SEAM, AFF = 'network.slim_SEAM', 'network.slim_aff'
-needs_crf = pytest.mark.skipif(not pytest.importorskip('importlib').util.find_spec('pydensecrf'), reason='no pydensecrf')
 
 
 def run(cwd, script, *args):
@@ -41,13 +41,14 @@ def pipeline(tmp_path_factory):
     """A folder in which every stage has run, each on the output of the one before; stdout by stage."""
     root = tmp_path_factory.mktemp('pipeline')
     out = {}
-    out['toy'] = done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72, '--classes', 3))
+    out['toy'] = done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72,
+                          '--classes', 3))
     lists = 'VOC2012/ImageSets/Segmentation/train.txt'
     small = ['--train_list', lists, '--crop_size', 64, '--batch_size', 4, '--num_workers', 0]
     out['pretrain'] = done(run(root, 'train_SEAM', *small, '--network', SEAM, '--resize_long', 64, 80, '--max_epochs', 1,
                                '--classifier_only', '--train_bn', '--session_name', 'runs/pre'))
     out['seam'] = done(run(root, 'train_SEAM', *small, '--network', SEAM, '--resize_long', 64, 80, '--max_epoches', 1,
-                           '--weights', 'runs/pre.pth', '--session_name', 'runs/seam'))
+                           '--weights', 'runs/pre.pth', '--session_name', 'runs/seam', '--val_list', 'unused.txt'))
     out['infer'] = done(run(root, 'infer_SEAM', '--network', SEAM, '--weights', 'runs/seam.pth', '--infer_list', lists,
                             '--scales', 0.5, 1, '--out_cam', 'out/cam', '--out_crf', 'out/crf',
                             '--out_cam_pred', 'out/cam_pred', '--num_workers', 1))
@@ -83,8 +84,9 @@ def test_backbone_file_has_no_heads(pipeline):
     assert 'bn7.weight' in weights and not any(name.startswith('f') for name in weights)
 
 
-def test_unused_val_list_is_accepted(pipeline):
-    assert 'voc12/val.txt' in pipeline[1]['seam']       # its default is no existing file here
+def test_missing_tensorboard_gets_one_notice(pipeline):
+    expected = 0 if importlib.util.find_spec('tensorboard') else 1
+    assert pipeline[1]['seam'].count('pip install tensorboard') == expected
 
 
 def test_cam_files_have_the_reference_s_format(pipeline):
@@ -110,9 +112,10 @@ def test_label_maps_are_grey_pngs_of_class_indices(pipeline):
 
 def test_curve_has_60_lines_and_the_log_grows(pipeline):
     root, out = pipeline
-    assert out['curve'].count('/60 background score: 0.') == 60 and '59/60 background score: 0.590\tmIoU:' in out['curve']
+    assert out['curve'].count('/60 background score: 0.') == 60
+    assert '59/60 background score: 0.590\tmIoU:' in out['curve']
     log = (root / 'evallog.txt').read_text()
-    assert log.count('=====') == 3 * log.count('=====') // 3 and all(f'\t{c}\n' in log for c in ('seam cam', 'crf', 'walk'))
+    assert log.count('=' * 37 + '\n') == 3 and all(f'\t{c}\n' in log for c in ('seam cam', 'crf', 'walk'))
     assert 'aeroplane:' in out['png'] and '       mIoU:' in out['png']
 
 
@@ -135,8 +138,10 @@ def test_plain_cam_differs_from_the_refined_one(pipeline, tmp_path):
     (tmp_path / 'one.txt').write_text(name)
     done(run(root, 'infer_SEAM', '--network', SEAM, '--weights', 'runs/seam.pth', '--infer_list', tmp_path / 'one.txt',
              '--scales', 0.5, 1, '--map', 'cam', '--out_cam', tmp_path / 'cam', '--num_workers', 0))
-    plain, refined = (np.load(folder / f'{name}.npy', allow_pickle=True).item() for folder in (tmp_path / 'cam', root / 'out/cam'))
-    assert list(plain) == list(refined) and all(np.abs(plain[key] - refined[key]).max() > 1e-3 for key in plain)
+    plain, refined = (np.load(folder / f'{name}.npy', allow_pickle=True).item()
+                      for folder in (tmp_path / 'cam', root / 'out/cam'))
+    assert list(plain) == list(refined)
+    assert all(np.abs(plain[key] - refined[key]).max() > 1e-3 for key in plain)
 
 
 # ----- odd and bad input -----
@@ -154,17 +159,18 @@ def set_list(voc, names):
 
 def train(voc, *args):
     return run(voc, 'train_SEAM', '--network', SEAM, '--train_list', 'list.txt', '--crop_size', 32, '--batch_size', 1,
-               '--num_workers', 0, '--resize_long', 32, 40, '--max_epochs', 1, '--classifier_only', '--session_name', 'run', *args)
+               '--num_workers', 0, '--resize_long', 32, 40, '--max_epochs', 1, '--classifier_only',
+               '--session_name', 'run', *args)
 
 
 def infer(voc, pipeline, *args):
-    return run(voc, 'infer_SEAM', '--network', SEAM, '--weights', pipeline[0] / 'runs/seam.pth', '--infer_list', 'list.txt',
-               '--scales', 0.5, '--out_cam', 'cam', '--num_workers', 1, *args)
+    return run(voc, 'infer_SEAM', '--network', SEAM, '--weights', pipeline[0] / 'runs/seam.pth',
+               '--infer_list', 'list.txt', '--scales', 0.5, '--out_cam', 'cam', '--num_workers', 1, *args)
 
 
 def walk(voc, pipeline, *args, cam_dir=None):
-    return run(voc, 'infer_aff', '--network', AFF, '--weights', pipeline[0] / 'runs/aff.pth', '--infer_list', 'list.txt',
-               '--cam_dir', cam_dir or pipeline[0] / 'out/cam', '--num_workers', 0, *args)
+    return run(voc, 'infer_aff', '--network', AFF, '--weights', pipeline[0] / 'runs/aff.pth',
+               '--infer_list', 'list.txt', '--cam_dir', cam_dir or pipeline[0] / 'out/cam', '--num_workers', 0, *args)
 
 
 def image(voc, name):
@@ -209,12 +215,17 @@ def test_truncated_image_in_the_middle_of_training_saves_the_weights(voc):
     names = names_of(voc)
     set_list(voc, names)
     truncate(image(voc, names[0]))
-    result = train(voc, '--num_workers', 1, '--weights', 'start.pth')
-    refused(result, 'start.pth', '--weights')
     result = train(voc, '--num_workers', 1, '--max_epochs', 50, '--weights', make_start(voc))
     refused(result, image(voc, names[0]).name)
     assert 'run_stopped.pth' in result.stdout and 'fc8.weight' in torch.load(voc / 'run_stopped.pth', weights_only=True)
     assert not (voc / 'run.pth').exists()
+
+
+def test_missing_weights_file_leaves_the_last_log(voc):
+    set_list(voc, names_of(voc))
+    (voc / 'run.log').write_text('the last run')
+    refused(train(voc, '--weights', 'start.pth'), 'start.pth', '--weights')
+    assert (voc / 'run.log').read_text() == 'the last run'
 
 
 def make_start(voc):
@@ -235,19 +246,20 @@ def test_image_without_labels(voc, pipeline, script):
     names = names_of(voc)
     set_list(voc, names)
     np.save(voc / 'labels.npy', {name: np.eye(20, dtype=np.float32)[0] * (name != names[1]) for name in names})
-    result = train(voc, '--cls_labels', 'labels.npy') if script == 'train' else infer(voc, pipeline, '--cls_labels', 'labels.npy')
-    refused(result, names[1], 'no class', 'labels.npy')
+    flags = '--cls_labels', 'labels.npy'
+    refused(train(voc, *flags) if script == 'train' else infer(voc, pipeline, *flags), names[1], 'no class', 'labels.npy')
 
 
 def test_seam_weights_in_the_affinity_network(voc, pipeline):
     set_list(voc, names_of(voc)[:1])
-    refused(run(voc, 'infer_aff', '--network', AFF, '--weights', pipeline[0] / 'runs/seam.pth', '--infer_list', 'list.txt',
-                '--cam_dir', pipeline[0] / 'out/cam'), 'seam.pth', '--weights', 'missing: f8_5.weight')
+    refused(walk(voc, pipeline, '--weights', pipeline[0] / 'runs/seam.pth'),
+            'seam.pth', '--weights', 'missing: f8_5.weight')
 
 
 def test_affinity_weights_in_seam(voc, pipeline):
     set_list(voc, names_of(voc)[:1])
-    refused(infer(voc, pipeline, '--weights', pipeline[0] / 'runs/aff.pth'), 'aff.pth', '--weights', 'missing: fc8.weight')
+    refused(infer(voc, pipeline, '--weights', pipeline[0] / 'runs/aff.pth'),
+            'aff.pth', '--weights', 'missing: fc8.weight')
 
 
 def test_grey_rgba_and_cmyk_files_are_converted(voc, pipeline):
@@ -291,12 +303,16 @@ def test_crf_files_of_different_labels(voc, pipeline):
     for folder, keys in (('la', (0, 1)), ('ha', (0, 2))):
         (voc / folder).mkdir()
         np.save(voc / folder / f'{names[0]}.npy', {key: np.zeros((8, 8), np.float32) for key in keys})
-    refused(run(voc, 'train_aff', '--network', AFF, '--train_list', 'list.txt', '--crop_size', 64, '--batch_size', 1, '--num_workers', 0,
-                '--la_crf_dir', 'la', '--ha_crf_dir', 'ha', '--weights', pipeline[0] / 'runs/pre_backbone.pth'), names[0], '--la_crf_dir', '--ha_crf_dir')
+    result = run(voc, 'train_aff', '--network', AFF, '--train_list', 'list.txt', '--crop_size', 64, '--batch_size', 1,
+                 '--num_workers', 0, '--la_crf_dir', 'la', '--ha_crf_dir', 'ha',
+                 '--weights', pipeline[0] / 'runs/pre_backbone.pth')
+    refused(result, names[0], '--la_crf_dir', '--ha_crf_dir')
+    assert (voc / 'resnet38_aff_stopped.pth').is_file()
 
 
 def evaluate(voc, pipeline, *args):
-    return run(voc, 'evaluation', '--list', 'list.txt', '--predict_dir', pipeline[0] / 'out/rw', '--comment', 'x', *args)
+    return run(voc, 'evaluation', '--list', 'list.txt', '--predict_dir', pipeline[0] / 'out/rw', '--comment', 'x',
+               *args)
 
 
 def test_prediction_and_ground_truth_of_different_size(voc, pipeline):
@@ -331,12 +347,33 @@ def test_good_ground_truth_gets_no_warning(pipeline):
     assert 'warning' not in pipeline[1]['png']
 
 
-def test_cam_dict_without_classes_is_background_in_evaluation(voc, pipeline):
+@pytest.mark.parametrize('kind', [['--type', 'npy', '--t', '0.2'], ['--type', 'crf']])
+def test_dict_without_classes_is_background_in_evaluation(voc, pipeline, kind):
     name = names_of(voc)[0]
     set_list(voc, [name])
     (voc / 'cam').mkdir()
     np.save(voc / f'cam/{name}.npy', {})
-    done(evaluate(voc, pipeline, '--predict_dir', 'cam', '--type', 'npy', '--t', '0.2'))
+    gt = np.asarray(Image.open(voc / f'VOC2012/SegmentationClass/{name}.png'))
+    iou = (gt == 0).sum() / (gt != 255).sum() * 100
+    assert f' background:{iou:7.3f}%' in done(evaluate(voc, pipeline, '--predict_dir', 'cam', *kind))
+
+
+def test_crf_folder_in_place_of_cams(voc, pipeline):
+    set_list(voc, names_of(voc))
+    refused(walk(voc, pipeline, cam_dir=pipeline[0] / 'out/crf_4.0'),
+            '--cam_dir', 'a CRF file where a CAM file is needed')
+
+
+def test_network_of_the_other_stage(voc, pipeline):
+    set_list(voc, names_of(voc)[:1])
+    refused(infer(voc, pipeline, '--network', AFF), AFF, '--network', 'PCM')
+
+
+@pytest.mark.parametrize('flags', [['--batch_size', '0'], ['--resize_long', '40', '32'], ['--crop_size', '4'],
+                                   ['--num_workers', '-1'], ['--device', 'tpu']])
+def test_flags_out_of_range(voc, flags):
+    set_list(voc, names_of(voc))
+    refused(train(voc, *flags), flags[0])
 
 
 @pytest.mark.parametrize('args, word', [(['--type', 'npy'], '--t'), (['--curve', 'True'], '--type npy')])

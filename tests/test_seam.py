@@ -137,7 +137,7 @@ def test_dropout_layers_are_the_reference_s():
 def test_unit_functions():
     g = golden('g02_seam_losses')
     close(train_SEAM.max_norm(torch.from_numpy(g['unit_in'])), g['unit_max_norm'], 1e-6)
-    close(visualization.max_norm(g['unit_in']), g['unit_max_norm_numpy'], 1e-6)
+    close(visualization.normalize_for_picture(g['unit_in']), g['unit_max_norm_numpy'], 1e-6)
     close(suppress_weaker_classes(torch.from_numpy(g['unit_onehot_in'])), g['unit_onehot_out'], 0)
     assert train_SEAM.adaptive_min_pooling_loss(torch.from_numpy(g['unit_minpool_in'])).item() == \
         pytest.approx(g['unit_minpool_out'], rel=1e-6)
@@ -177,7 +177,8 @@ def test_multi_scale_views(inferred, name):
     assert classes == list(g[name + ':cam_keys'])
     np.testing.assert_array_equal([view.shape for view in views], g[name + ':input_shapes'][:, 1:])
     close(views[0], g[name + ':input_scale0'], 1e-6)
-    close([(v.mean(dtype=np.float64), v.std(dtype=np.float64, ddof=1)) for v in views], g[name + ':input_mean_std'], 1e-6)
+    statistics = [(view.mean(dtype=np.float64), view.std(dtype=np.float64, ddof=1)) for view in views]
+    close(statistics, g[name + ':input_mean_std'], 1e-6)
     assert all((mirrored == view[..., ::-1]).all() for view, mirrored in zip(views[::2], views[1::2]))
 
 

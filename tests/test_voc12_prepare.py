@@ -87,7 +87,7 @@ def run_labels(devkit, out, *flags, train=TRAIN_AUG, val=VAL):
 def repo(tmp_path):
     """A copy of what the scripts need, since their defaults write beside them."""
     folder = tmp_path / 'repo'
-    for name in ('tool/pyutils.py', 'voc12/lists.py', 'voc12/canonical.py', 'voc12/make_lists.py',
+    for name in ('tool/pyutils.py', 'tool/imutils.py', 'voc12/lists.py', 'voc12/canonical.py', 'voc12/make_lists.py',
                  'voc12/make_cls_labels.py'):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(os.path.join(ROOT, name), folder / name)

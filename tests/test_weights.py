@@ -33,7 +33,8 @@ def test_every_mxnet_name_maps_as_in_the_reference():
     assert {mx: resnet38d._torch_name(mx) for mx in mapping} == mapping
 
 
-@pytest.mark.parametrize('name', ['arg:res9_weight', 'arg:fc8_weight', 'arg:bn2a_branch2a_weight', 'bn7', '', 'arg:res2b12_branch2a_weight'])
+@pytest.mark.parametrize('name', ['arg:res9_weight', 'arg:fc8_weight', 'arg:bn2a_branch2a_weight', 'bn7', '',
+                                  'arg:res2b12_branch2a_weight'])
 def test_unknown_mxnet_name_is_refused(name):
     with pytest.raises(ValueError, match='unknown parameter'):
         resnet38d._torch_name(name)
@@ -90,7 +91,8 @@ def test_a_part_of_the_heads_is_not_enough(tmp_path):
 def test_a_seam_file_does_not_fit_the_affinity_network_and_leaves_it_alone(tmp_path):
     net = slim_aff.Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(ValueError, match=r'w\.pth.*missing: f8_5.weight.*unexpected: fc8.weight.*other shape: f9.weight'):
+    problems = r'w\.pth.*missing: f8_5.weight.*unexpected: fc8.weight.*other shape: f9.weight'
+    with pytest.raises(ValueError, match=problems):
         resnet38d.load_weights(net, saved(tmp_path, slim_SEAM.Net().state_dict()), new_heads=net.new_heads)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

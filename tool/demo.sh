@@ -16,7 +16,7 @@ source tool/setup.sh
 export TQDM_MININTERVAL=5
 
 if [ -z "$full" ]; then
-    seam=network.slim_SEAM aff=network.slim_aff count=240 pretrain_epochs=25 seam_epochs=8 aff_epochs=6 batch=8
+    seam=network.slim_SEAM aff=network.slim_aff count=240 pretrain_epochs=25 seam_epochs=8 aff_epochs=8 batch=8
 else
     seam=network.resnet38_SEAM aff=network.resnet38_aff count=12 pretrain_epochs=1 seam_epochs=1 aff_epochs=1 batch=4
 fi
@@ -24,7 +24,8 @@ out=demo
 data=(--voc12_root $out/VOC2012 --num_workers 1)
 list=$out/VOC2012/ImageSets/Segmentation/train.txt
 train=(--train_list $list "${data[@]}" --seed "$seed")
-crop=(--resize_long 64 112 --crop_size 64)
+infer=(--infer_list $list "${data[@]}")
+crop=(--resize_long 64 112 --crop_size 64)      # as the paper's 448..768 and 448, a seventh
 rm -rf $out
 mkdir $out
 
@@ -34,16 +35,18 @@ score() { run evaluation.py --list $list --gt_dir $out/VOC2012/SegmentationClass
 
 step "0. A toy data set in VOC 2012's layout, and a classifier pretrained on it in place of ImageNet's"
 run voc12/make_toy.py --out $out/VOC2012 --count $count --size 96 112 --classes 6 --seed "$seed"
-run train_SEAM.py "${train[@]}" "${crop[@]}" --network $seam --classifier_only --train_bn --dropout 0 --momentum 0.9 --lr 0.03 \
-    --batch_size $((2 * batch)) --max_epochs $pretrain_epochs --session_name $out/pretrained
-run infer_SEAM.py "${data[@]}" --infer_list $list --network $seam --weights $out/pretrained.pth --map cam --out_cam $out/plain_cam
+run train_SEAM.py "${train[@]}" "${crop[@]}" --network $seam --classifier_only --train_bn --dropout 0 \
+    --momentum 0.9 --lr 0.03 --batch_size $((2 * batch)) --max_epochs $pretrain_epochs --session_name $out/pretrained
+run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/pretrained.pth --scales 0.5 1 1.5 \
+    --map cam --out_cam $out/plain_cam
 
 step "1. SEAM training"
 run train_SEAM.py "${train[@]}" "${crop[@]}" --network $seam --weights $out/pretrained.pth \
     --batch_size $batch --max_epochs $seam_epochs --session_name $out/seam
 
-step "2. SEAM inference: CAMs, and their dense CRF at a low and a high background alpha"
-run infer_SEAM.py "${data[@]}" --infer_list $list --network $seam --weights $out/seam.pth --out_cam $out/cam --out_crf $out/crf
+step "2. SEAM inference: CAMs, and their dense CRF"
+run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/seam.pth --scales 0.5 1 1.5 \
+    --out_cam $out/cam --out_crf $out/crf --crf_alpha 4 8 24
 
 step "3. SEAM evaluation: the curve of mIoU over the background score"
 run tool/report.py trivial --cam_dir $out/cam --out_dir $out/trivial
@@ -51,15 +54,18 @@ score --predict_dir $out/trivial/background --comment "trivial: all background" 
 score --predict_dir $out/trivial/labels --comment "trivial: the label everywhere" > /dev/null
 score --predict_dir $out/plain_cam --type npy --curve True --comment "plain CAM" | tail -n 1
 score --predict_dir $out/cam --type npy --curve True --comment "SEAM CAM"
-score --predict_dir $out/crf_4.0 --type crf --comment "SEAM CAM + CRF, alpha 4"
-score --predict_dir $out/crf_24.0 --type crf --comment "SEAM CAM + CRF, alpha 24"
+for alpha in 4 8 24; do
+    score --predict_dir $out/crf_$alpha.0 --type crf --comment "SEAM CAM + CRF, alpha $alpha"
+done
 
 step "4. AffinityNet training"
-run train_aff.py "${train[@]}" --crop_size 96 --network $aff --weights $out/pretrained_backbone.pth \
-    --la_crf_dir $out/crf_4.0 --ha_crf_dir $out/crf_24.0 --batch_size $batch --max_epochs $aff_epochs --session_name $out/aff
+run train_aff.py "${train[@]}" --crop_size 96 --network $aff --weights $out/pretrained_backbone.pth --momentum 0.9 \
+    --la_crf_dir $out/crf_4.0 --ha_crf_dir $out/crf_24.0 \
+    --batch_size $batch --max_epochs $aff_epochs --session_name $out/aff
 
 step "5. Random walk"
-run infer_aff.py "${data[@]}" --infer_list $list --network $aff --weights $out/aff.pth --cam_dir $out/cam --out_rw $out/rw
+# the feature maps are a quarter as wide as VOC's, so the walk takes a quarter of the steps
+run infer_aff.py "${infer[@]}" --network $aff --weights $out/aff.pth --cam_dir $out/cam --logt 4 --out_rw $out/rw
 
 step "6. Random walk evaluation"
 score --predict_dir $out/rw --type png --comment "random walk"
@@ -67,5 +73,5 @@ score --predict_dir $out/rw --type png --comment "random walk"
 step "Result, seed $seed, $((SECONDS / 60)) min $((SECONDS % 60)) s"
 run tool/report.py table --logfile $out/evallog.txt
 run tool/report.py picture --voc12_root $out/VOC2012 --list $list --plain_dir $out/plain_cam --cam_dir $out/cam \
-    --crf_dir $out/crf_4.0 --rw_dir $out/rw --out $out/result.png
+    --crf_dir $out/crf_8.0 --rw_dir $out/rw --out $out/result.png
 echo "The picture: $out/result.png"

@@ -1,5 +1,4 @@
 """Images, their transforms, score files, and the dense CRF. Images are (H, W, C) unless a name says CHW."""
-import pickle
 import random
 
 import numpy as np
@@ -27,11 +26,12 @@ def read_label_map(path, flag):
     """Opens a label image (mode L or P) as uint8 (H, W) class indices; `flag` names its folder in messages."""
     try:
         with Image.open(path) as img:
-            if img.mode not in ('L', 'P', '1'):
-                raise BadInput(f'{path} ({flag}) is a {img.mode} picture, not a map of class indices (mode L or P)')
-            return np.asarray(img, dtype=np.uint8)
-    except (OSError, SyntaxError) as error:
+            mode, labels = img.mode, np.array(img)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f'cannot read the label map {path} ({flag}): {error}') from error
+    if mode not in ('L', 'P'):
+        raise BadInput(f'{path} ({flag}) is a picture of mode {mode}, not a map of class indices (mode L or P)')
+    return labels
 
 
 def save_label_map(path, labels):
@@ -46,19 +46,32 @@ def save_scores(path, scores):
         np.save(file, scores, allow_pickle=True)
 
 
-def load_scores(path, flag):
-    """Reads what `save_scores` wrote; `flag` is the flag that named the folder, for messages.
+def load_scores(path, flag, kind):
+    """Reads what `save_scores` wrote: dict {int: float (H, W)}, empty for an image without classes.
 
-    CAM files: keys 0..19 are the foreground classes. CRF files: 0 is the background, class + 1 the others.
-    The file is a pickle, which can run code: open only files that you trust.
+    kind 'cam': keys are the foreground classes from 0; 'crf': 0 is the background, class + 1 the others, and
+    the scores of a pixel sum to 1. `flag` is the flag that named the folder, for messages. The file is a
+    pickle, which can run code: open only files that you trust. Raises BadInput for other content, and for
+    one kind where the other is needed, which would shift all classes by one.
     """
     try:
         scores = np.load(path, allow_pickle=True).item()
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:          # a damaged pickle raises whatever it likes
         raise BadInput(f'cannot read the score file {path} ({flag}): {error}') from error
-    if not isinstance(scores, dict):
-        raise BadInput(f'{path} ({flag}) holds no dict of scores')
+    if not isinstance(scores, dict) or not all(
+            isinstance(key, (int, np.integer)) and key >= 0 and getattr(value, 'ndim', 0) == 2
+            for key, value in scores.items()) or len({value.shape for value in scores.values()}) > 1:
+        raise BadInput(f'{path} ({flag}) holds no dict of class -> scores (H, W), all of one size')
+    if kind == 'crf' and scores and 0 not in scores:
+        raise BadInput(f'{path} ({flag}) has no background, key 0: a CAM file where a CRF file is needed')
+    if kind == 'cam' and 0 in scores and len(scores) > 1 and np.allclose(sum(scores.values()), 1, atol=1e-3):
+        raise BadInput(f'{path} ({flag}) sums to 1 at every pixel: a CRF file where a CAM file is needed')
     return scores
+
+
+def strongest_label(scores):
+    """Label map (H, W) of a dict {label: scores (H, W)} that is not empty: the highest score's, the first of equals."""
+    return np.array(list(scores))[np.stack(list(scores.values())).argmax(axis=0)]
 
 
 # ----- transforms -----
@@ -78,13 +91,14 @@ def denormalize(img):
 
 
 def HWC_to_CHW(img):
+    """(H, W, C) array -> (C, H, W) view."""
     return np.transpose(img, (2, 0, 1))
 
 
 def resize(img, scale):
     """PIL image scaled by a factor, each side rounded half to even, bicubic."""
     w, h = img.size
-    return img.resize((round(w * scale), round(h * scale)), Image.Resampling.BICUBIC)
+    return img.resize((max(round(w * scale), 1), max(round(h * scale), 1)), Image.Resampling.BICUBIC)
 
 
 class RandomResizeLong:
@@ -97,9 +111,9 @@ class RandomResizeLong:
         long_side = random.randint(self.min_long, self.max_long)
         w, h = img.size
         if w < h:
-            size = (round(w * long_side / h), long_side)
+            size = (max(round(w * long_side / h), 1), long_side)
         else:
-            size = (long_side, round(h * long_side / w))
+            size = (long_side, max(round(h * long_side / w), 1))
         return img.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -25,6 +25,9 @@ def exit_on_bad_input():
         line = str(error).rstrip().rsplit('\n', 1)[-1].split('BadInput: ', 1)[-1]
         print(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
 
 
 def check_dir(path, flag):
@@ -39,13 +42,23 @@ def check_file(path, flag):
         raise BadInput(f'no such file: {path} ({flag})')
 
 
-def import_network(name):
-    """The module of the `--network` flag, which has a class Net. Raises BadInput."""
+def check_range(args, low, high, *names):
+    """Raises BadInput for the first of these flags (numbers, or lists of them) that is not in low..high."""
+    for name in names:
+        values = getattr(args, name)
+        if not all(low <= value <= high for value in (values if isinstance(values, list) else [values])):
+            raise BadInput(f'--{name} must be from {low} to {high}, not {values}')
+
+
+def import_network(name, attribute):
+    """The module of the `--network` flag; its class Net must have `attribute`, which tells the kind of network.
+    Raises BadInput."""
     try:
         module = importlib.import_module(name)
-        module.Net
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise BadInput(f'no network {name} (--network): {error}') from error
+    if not hasattr(getattr(module, 'Net', None), attribute):
+        raise BadInput(f'{name} (--network) is no network for this script: it has no Net.{attribute}')
     return module
 
 
@@ -101,7 +114,7 @@ class AverageMeter:
     def pop(self):
         """Returns dict name -> mean and starts over."""
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self.__init__()
+        self._sums, self._counts = {}, {}
         return means
 
 
@@ -126,7 +139,10 @@ class Logger:
 
     def __init__(self, path):
         make_dir(os.path.dirname(path) or '.', '--session_name')
-        self._file = open(path, 'w', encoding='utf-8')
+        try:
+            self._file = open(path, 'w', encoding='utf-8')
+        except OSError as error:
+            raise BadInput(f'cannot write {path} (--session_name): {error.strerror}') from error
 
     def __call__(self, line):
         tqdm.write(line)        # goes to stdout, and leaves a progress bar whole
@@ -138,7 +154,8 @@ def progress_line(optimizer, timer, batch_size, losses, counts=()):
     """The `Iter:` line of the reference. losses: the total first; counts: of the pairs, in AffinityNet."""
     step, max_step = optimizer.global_step, optimizer.max_step
     speed, finish = timer.report(step, max_step, batch_size)
-    parts = [f'Iter:{step - 1:5d}/{max_step:5d}', 'loss:' + ' '.join(f'{loss:.4f}' for loss in losses), f'imps:{speed:.1f}']
+    parts = [f'Iter:{step - 1:5d}/{max_step:5d}', 'loss:' + ' '.join(f'{loss:.4f}' for loss in losses),
+             f'imps:{speed:.1f}']
     if counts:
         parts.append('cnt:' + ' '.join(f'{count:.0f}' for count in counts))
     return ' '.join(parts + [f'Fin:{finish}', f'lr: {optimizer.param_groups[0]["lr"]:.4f}'])

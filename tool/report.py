@@ -25,7 +25,7 @@ def write_trivial(args):
         folder = os.path.join(args.out_dir, kind)
         make_dir(folder, '--out_dir')
         for file in sorted(os.listdir(args.cam_dir)):
-            cam_dict = imutils.load_scores(os.path.join(args.cam_dir, file), '--cam_dir')
+            cam_dict = imutils.load_scores(os.path.join(args.cam_dir, file), '--cam_dir', 'cam')
             key, cam = next(iter(cam_dict.items()))
             labels = np.full(cam.shape, key + 1 if kind == 'labels' else 0)
             imutils.save_label_map(os.path.join(folder, file.replace('.npy', '.png')), labels)
@@ -60,15 +60,17 @@ def draw_picture(args):
     rows = []
     for name in names[:args.count]:
         img = np.asarray(imutils.read_image(os.path.join(args.voc12_root, 'JPEGImages', name + '.jpg')))
-        heats = [np.stack(list(imutils.load_scores(os.path.join(folder, name + '.npy'), flag).values())).max(axis=0)
-                 for folder, flag in ((args.plain_dir, '--plain_dir'), (args.cam_dir, '--cam_dir'))]
-        crf = imutils.load_scores(os.path.join(args.crf_dir, name + '.npy'), '--crf_dir')
-        crf_labels = np.array(list(crf))[np.stack(list(crf.values())).argmax(axis=0)]
+        cams = [imutils.load_scores(os.path.join(folder, name + '.npy'), flag, 'cam')
+                for folder, flag in ((args.plain_dir, '--plain_dir'), (args.cam_dir, '--cam_dir'))]
+        crf = imutils.load_scores(os.path.join(args.crf_dir, name + '.npy'), '--crf_dir', 'crf')
         gt = imutils.read_label_map(os.path.join(args.voc12_root, 'SegmentationClass', name + '.png'), '--voc12_root')
         walk = imutils.read_label_map(os.path.join(args.rw_dir, name + '.png'), '--rw_dir')
-        rows.append([img, visualization.labels_on_image(img, gt), *(visualization.cam_on_image(img, h) for h in heats),
-                     visualization.labels_on_image(img, crf_labels), visualization.labels_on_image(img, walk)])
-    sheet = visualization.contact_sheet(rows, ['image', 'ground truth', 'plain CAM', 'SEAM CAM', 'SEAM + CRF', 'random walk'])
+        rows.append([img, visualization.labels_on_image(img, gt),
+                     *(visualization.cam_on_image(img, np.stack(list(cam.values())).max(axis=0)) for cam in cams),
+                     visualization.labels_on_image(img, imutils.strongest_label(crf)),
+                     visualization.labels_on_image(img, walk)])
+    titles = ['image', 'ground truth', 'plain CAM', 'SEAM CAM', 'SEAM + CRF', 'random walk']
+    sheet = visualization.contact_sheet(rows, titles)
     with atomic_write(args.out) as file:
         Image.fromarray(sheet).save(file, format='PNG', optimize=True)
 

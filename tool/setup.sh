@@ -8,7 +8,8 @@ complete() { "$1" -c "$imports" >/dev/null 2>&1; }
 find_python() {     # prints the first interpreter that pydensecrf2 builds on
     local candidate
     for candidate in python3.12 python3.11 python3 python; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+        if "$candidate" -c 'import sys, venv, ensurepip
+sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -26,7 +27,7 @@ make_venv() {
     fi
     echo "Installing requirements.txt into .venv (a few minutes) ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest || {
-        echo "pip could not install requirements.txt; where it says so above, install a C++ compiler (g++) and try again." >&2
+        echo "pip could not install requirements.txt; if a C++ compiler (g++) is missing, install one." >&2
         return 1
     }
     if ! .venv/bin/python -c "import cv2" >/dev/null 2>&1; then

@@ -44,21 +44,26 @@ def set_seed(seed):
 
 
 def get_device(name):
-    """torch.device of the `--device` flag; None picks CUDA where there is any. Raises BadInput."""
+    """torch.device of the `--device` flag; None picks CUDA where there is any. Raises BadInput.
+
+    Switches off TF32, which PyTorch uses for convolutions by default: the published numbers are full float32.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if name is None:
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise BadInput(f'no such device: {name} (--device); cuda, cuda:N or cpu expected') from error
+    if device.type not in ('cuda', 'cpu'):
+        raise BadInput(f'--device {name}: cuda, cuda:N or cpu expected')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f'--device {name}: {torch.cuda.device_count()} GPUs are visible to PyTorch')
     return device
 
 
 def parallel(net, device):
-    """Moves net to the device; plain `cuda` spreads batches over all visible GPUs."""
-    net = net.to(device)
+    """For `--device cuda`, net wrapped so that batches spread over all visible GPUs; else net."""
     if device.type == 'cuda' and device.index is None and torch.cuda.device_count() > 1:
         return torch.nn.DataParallel(net)
     return net

@@ -15,7 +15,7 @@ def voc_palette():
     return palette
 
 
-def max_norm(cam):
+def normalize_for_picture(cam):
     """(..., H, W), any sign -> the reference's normalisation for pictures: relu, 0 below min + 1e-5, then
     (x - min - 1e-5) / (max + 1e-5). The training loss divides otherwise. Weakest pixels end slightly below 0."""
     cam = np.maximum(cam, 0)
@@ -72,6 +72,6 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
     writer.add_image('image', orig_img, step, dataformats='HWC')
     present = label.cpu().numpy() > 0
     for name, scores in (('cam', cam), ('cam_rv', cam_rv)):
-        maps = max_norm(scores.detach().float().cpu().numpy()[1:][present])
+        maps = normalize_for_picture(scores.detach().float().cpu().numpy()[1:][present])
         overlays = [cam_on_image(orig_img, class_map) for class_map in maps]
         writer.add_image(name, np.concatenate(overlays, axis=1), step, dataformats='HWC')

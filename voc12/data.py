@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from tool import imutils
 from tool.pairs import fit_radius, pair_indices
-from tool.pyutils import BadInput
+from tool.pyutils import BadInput, check_file
 from voc12.lists import IGNORE, check_images, get_img_path, load_img_name_list, load_labels
 
 STRIDE = 8      # pixels per feature cell
@@ -119,15 +119,16 @@ class VOC12AffDataset(VOC12ImageDataset):
         self.extract_aff_label = ExtractAffinityLabelInRadius(cells, fit_radius(cells, cells, radius))
         for flag, folder in self.label_dirs.items():
             for name in self.img_name_list:
-                if not os.path.isfile(os.path.join(folder, name + '.npy')):
-                    raise BadInput(f'no such score file: {os.path.join(folder, name + ".npy")} ({flag})')
+                check_file(os.path.join(folder, name + '.npy'), flag)
 
     def __getitem__(self, idx):
         name, img = super().__getitem__(idx)
-        low, high = (imutils.load_scores(os.path.join(folder, name + '.npy'), flag)
+        low, high = (imutils.load_scores(os.path.join(folder, name + '.npy'), flag, 'crf')
                      for flag, folder in self.label_dirs.items())
         if list(low) != list(high):
             raise BadInput(f'{name}.npy has the labels {list(low)} in --la_crf_dir, {list(high)} in --ha_crf_dir')
+        if not low:
+            raise BadInput(f'{name}.npy (--la_crf_dir) has no class: take the image out of the list (--train_list)')
         label = np.stack([*low.values(), *high.values()], axis=-1)             # (H, W, 2K)
         if label.shape[:2] != img.size[::-1]:
             raise BadInput(f'{name}.npy (--la_crf_dir, --ha_crf_dir) is {label.shape[0]}x{label.shape[1]}, '

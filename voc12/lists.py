@@ -19,10 +19,11 @@ AUG_GT_FOLDER = 'SegmentationClassAug'
 
 
 def get_img_path(name, voc12_root):
+    """Path of an image under the data root."""
     return os.path.join(voc12_root, IMG_FOLDER, name + '.jpg')
 
 
-def load_img_name_list(path, flag='--train_list, --infer_list'):
+def load_img_name_list(path, flag='--train_list or --infer_list'):
     """Image names of a list file, in order.
 
     Accepts VOC's own form (one name a line) and the two-column form of AffinityNet and SEAM
@@ -31,8 +32,9 @@ def load_img_name_list(path, flag='--train_list, --infer_list'):
     Raises BadInput for a missing or empty list.
     """
     if not os.path.isfile(path) and os.path.basename(os.path.dirname(os.path.abspath(path))) == 'voc12':
+        source = ' --sbd_root benchmark_RELEASE' if os.path.basename(path) == 'train_aug.txt' else ''
         raise BadInput(f'no such list: {path} ({flag}); make it with: '
-                       'python voc12/make_lists.py --voc12_root VOC2012')
+                       f'python voc12/make_lists.py --voc12_root VOC2012{source}')
     check_file(path, flag)
     try:
         with open(path, encoding='utf-8-sig') as file:
@@ -90,10 +92,13 @@ def load_labels(names, cls_labels, voc12_root):
             raise BadInput(f'cannot read {source}: {error}') from error
     else:
         source = f'{os.path.join(voc12_root, ANNOT_FOLDER)} (--cls_labels {cls_labels} does not exist)'
+        print(f'labels: from {source}')
         labels = {name: label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml')) for name in names}
     for name, label in labels.items():
         if label.shape != (NUM_CLASSES,):
             raise BadInput(f'the label of image {name} has shape {label.shape}, not ({NUM_CLASSES},): {source}')
+        if not np.isin(label, (0, 1)).all():
+            raise BadInput(f'the label of image {name} holds other values than 0 and 1: {source}')
         if not label.any():
-            raise BadInput(f'image {name} has no class in {source}; take it out of the list, or mend its label')
+            raise BadInput(f'image {name} has no class in {source}; take it out of the list, or correct its label')
     return labels

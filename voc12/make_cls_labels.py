@@ -9,7 +9,6 @@ import os
 import sys
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -17,6 +16,7 @@ REPO_ROOT = os.path.dirname(HERE)
 # `python voc12/make_cls_labels.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, REPO_ROOT)
 
+from tool.imutils import read_label_map
 from tool.pyutils import BadInput, atomic_write, check_dir, exit_on_bad_input
 from voc12.canonical import compare_labels
 from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, NUM_CLASSES, label_from_xml,
@@ -66,15 +66,8 @@ def label_from_mask(path):
 
     Raises BadInput for an unreadable file, one that is not single-channel, and values 21..254.
     """
-    try:
-        with Image.open(path) as mask:
-            if mask.mode not in ('P', 'L'):
-                raise BadInput(f'{path} (--source seg) has mode {mask.mode}; a map of class indices is mode P or L')
-            values = np.flatnonzero(mask.histogram())
-    except (OSError, SyntaxError, ValueError) as error:      # Pillow's three ways to refuse a broken PNG
-        raise BadInput(f'cannot read the mask {path} (--source seg): {error}') from error
     label = np.zeros(NUM_CLASSES, np.float32)
-    for value in values:
+    for value in np.unique(read_label_map(path, '--source seg')):
         if 1 <= value <= NUM_CLASSES:
             label[value - 1] = 1.
         elif value not in (0, IGNORE):

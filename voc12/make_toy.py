@@ -2,9 +2,8 @@
 
 A miniature of weakly supervised segmentation, for trying the whole pipeline without VOC. An object is a
 small striking head, whose pattern alone gives the class away, and a larger plain body, whose colours and
-texture all classes share; about half of the images show the background kind of their class. So a plain
-classifier's CAM lights up on the heads (and somewhat on the background); reaching the bodies is left to the
-method.
+texture all classes share; some classes come often with a background kind of their own. So a plain classifier's
+CAM lights up on the heads (and somewhat on the background); reaching the bodies is left to the method.
 """
 import argparse
 import colorsys
@@ -64,10 +63,10 @@ def background_texture(rng, kind, h, w):
 def make_background(rng, own_kind, num_kinds, h, w):
     """float32 (h, w, 3) RGB and the list of its one or two base colours.
 
-    In 40% of the images the kind is `own_kind`, else any: like a boat's water, it hints at the class without
-    being it. Half of the images have another kind above a horizon.
+    In 40% of the images of every third class the kind is `own_kind`, else any: like a boat's water, it hints at
+    the class without being it. Half of the images have another kind above a horizon.
     """
-    kind = own_kind if rng.random() < .4 else int(rng.integers(num_kinds))
+    kind = own_kind if own_kind % 3 == 0 and rng.random() < .4 else int(rng.integers(num_kinds))
     kinds = [kind] if rng.random() < .5 else [kind, int(rng.integers(num_kinds))]
     horizon = h * rng.uniform(.15, .5) + h * .04 * smooth_noise(rng, 1, w, w / 4)[0]
     img, colours = None, []
