@@ -64,8 +64,9 @@ run train_aff.py "${train[@]}" --crop_size 96 --network $aff --weights $out/pret
     --batch_size $batch --max_epochs $aff_epochs --session_name $out/aff
 
 step "5. Random walk"
-# the feature maps are a quarter as wide as VOC's, so the walk takes a quarter of the steps
-run infer_aff.py "${infer[@]}" --network $aff --weights $out/aff.pth --cam_dir $out/cam --logt 4 --out_rw $out/rw
+# the feature maps are a quarter as wide as VOC's: fewer steps, and more weight on high affinities
+run infer_aff.py "${infer[@]}" --network $aff --weights $out/aff.pth --cam_dir $out/cam \
+    --alpha 10 --beta 16 --logt 4 --out_rw $out/rw
 
 step "6. Random walk evaluation"
 score --predict_dir $out/rw --type png --comment "random walk"
