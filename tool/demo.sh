@@ -16,7 +16,7 @@ source tool/setup.sh
 export TQDM_MININTERVAL=5
 
 if [ -z "$full" ]; then
-    seam=network.slim_SEAM aff=network.slim_aff count=240 pretrain_epochs=25 seam_epochs=8 aff_epochs=8 batch=8
+    seam=network.slim_SEAM aff=network.slim_aff count=240 pretrain_epochs=25 seam_epochs=8 aff_epochs=5 batch=8
 else
     seam=network.resnet38_SEAM aff=network.resnet38_aff count=12 pretrain_epochs=1 seam_epochs=1 aff_epochs=1 batch=4
 fi

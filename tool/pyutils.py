@@ -23,10 +23,10 @@ def exit_on_bad_input():
         # A DataLoader worker hands its exceptions over with the whole traceback as their text;
         # the message proper is its last line, behind the class name.
         line = str(error).rstrip().rsplit('\n', 1)[-1].split('BadInput: ', 1)[-1]
-        print(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)
+        tqdm.write(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)   # below a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
+        tqdm.write('interrupted', file=sys.stderr)
         sys.exit(130)
 
 
