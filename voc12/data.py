@@ -49,8 +49,7 @@ class VOC12ClsDatasetMSF(VOC12ClsDataset):
     """(name, [image, mirrored image, ...], label): two CHW arrays for each of `scales`, factors of the image's
     size. `inter_transform` turns the resized PIL image into CHW."""
 
-    def __init__(self, img_name_list_path, voc12_root, scales, inter_transform=None,
-                 cls_labels='voc12/cls_labels.npy'):
+    def __init__(self, img_name_list_path, voc12_root, scales, inter_transform, cls_labels='voc12/cls_labels.npy'):
         super().__init__(img_name_list_path, voc12_root, None, cls_labels)
         self.scales = scales
         self.inter_transform = inter_transform
@@ -59,9 +58,7 @@ class VOC12ClsDatasetMSF(VOC12ClsDataset):
         name, img, label = super().__getitem__(idx)
         views = []
         for scale in self.scales:
-            view = imutils.resize(img, scale)
-            if self.inter_transform:
-                view = self.inter_transform(view)
+            view = self.inter_transform(imutils.resize(img, scale))
             views += [view, np.flip(view, -1).copy()]
         return name, views, label
 
