@@ -49,7 +49,7 @@ def random_walk(scores, aff, radius, beta, logt):
     # transposed, so that a step is `matrix @ scores`
     matrix = torch.sparse_coo_tensor(torch.stack([columns, rows]), values, (h * w, h * w), check_invariants=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Sparse CSR tensor support is in beta')
+        warnings.filterwarnings('ignore', 'Sparse')         # CSR is called beta, whatever its use
         matrix = matrix.to_sparse_csr()
     scores = scores.reshape(k, -1).T                                    # (hw, K)
     for _ in range(2 ** logt):
