@@ -90,7 +90,7 @@ def test_the_border_is_about_two_pixels_wide():
 
 def test_xml_labels_are_the_classes_of_the_mask(toy):
     for name in names_of(toy):
-        label = label_from_xml(os.path.join(toy, 'Annotations', name + '.xml'))
+        label = label_from_xml(os.path.join(toy, 'Annotations', name + '.xml'), CAT_LIST)
         assert set(np.flatnonzero(label) + 1) == set(np.unique(load_mask(toy, name))) - {0, 255}
 
 
@@ -141,7 +141,8 @@ def test_train_and_val_are_disjoint_and_make_up_trainval(toy):
 
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_every_class_is_in_both_lists(toy, split):
-    labels = [label_from_xml(os.path.join(toy, 'Annotations', name + '.xml')) for name in names_of(toy, split)]
+    labels = [label_from_xml(os.path.join(toy, 'Annotations', name + '.xml'), CAT_LIST)
+              for name in names_of(toy, split)]
     assert np.flatnonzero(np.sum(labels, axis=0)).tolist() == list(range(CLASSES))
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tool.pyutils import BadInput
 from voc12 import make_cls_labels, make_lists
 from voc12.canonical import CANONICAL, compare_labels, compare_names, labels_digest, names_digest
-from voc12.lists import load_img_name_list, load_labels
+from voc12.lists import CAT_LIST, load_img_name_list, load_labels
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -46,7 +46,7 @@ def devkit(tmp_path):
     root = tmp_path / 'VOC2012'
     for name, classes in OBJECTS.items():
         write(root / 'JPEGImages' / f'{name}.jpg', 'no script here opens an image')
-        objects = ''.join(OBJECT.format(category=make_cls_labels.CAT_LIST[c], difficult=int(c == 12)) for c in classes)
+        objects = ''.join(OBJECT.format(category=CAT_LIST[c], difficult=int(c == 12)) for c in classes)
         write(root / 'Annotations' / f'{name}.xml', XML.format(name=name, objects=objects))
         folder = 'SegmentationClass' if name in VAL else 'SegmentationClassAug'
         write_mask(root / folder / f'{name}.png', [0, 255] + [c + 1 for c in classes])
@@ -87,10 +87,8 @@ def run_labels(devkit, out, *flags, train=TRAIN_AUG, val=VAL):
 def repo(tmp_path):
     """A copy of what the scripts need, since their defaults write beside them."""
     folder = tmp_path / 'repo'
-    for name in ('tool/pyutils.py', 'tool/imutils.py', 'voc12/lists.py', 'voc12/canonical.py', 'voc12/make_lists.py',
-                 'voc12/make_cls_labels.py'):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(os.path.join(ROOT, name), folder / name)
+    for name in ('tool', 'voc12'):
+        shutil.copytree(os.path.join(ROOT, name), folder / name, ignore=shutil.ignore_patterns('*.txt', '*.npy'))
     return folder
 
 
@@ -283,19 +281,19 @@ def test_palette_masks_are_read_by_index(tmp_path):
     mask = Image.fromarray(np.array([[0, 3, 255]], np.uint8)).convert('P')
     mask.putpalette([7] * 768)
     mask.save(tmp_path / 'mask.png')
-    assert list(np.flatnonzero(make_cls_labels.label_from_mask(tmp_path / 'mask.png'))) == [2]
+    assert list(np.flatnonzero(make_cls_labels.label_from_mask(tmp_path / 'mask.png', 20))) == [2]
 
 
 def test_value_that_is_no_class_is_refused(tmp_path):
     write_mask(tmp_path / 'mask.png', [0, 21])
     with pytest.raises(BadInput, match='contains 21'):
-        make_cls_labels.label_from_mask(tmp_path / 'mask.png')
+        make_cls_labels.label_from_mask(tmp_path / 'mask.png', 20)
 
 
 def test_colour_mask_is_refused(tmp_path):
     Image.new('RGB', (2, 2)).save(tmp_path / 'mask.png')
     with pytest.raises(BadInput, match='mode RGB'):
-        make_cls_labels.label_from_mask(tmp_path / 'mask.png')
+        make_cls_labels.label_from_mask(tmp_path / 'mask.png', 20)
 
 
 def test_mask_cut_anywhere_is_refused(tmp_path):
@@ -304,7 +302,7 @@ def test_mask_cut_anywhere_is_refused(tmp_path):
     for length in range(data.index(b'IDAT') + 8):
         (tmp_path / 'cut.png').write_bytes(data[:length])
         with pytest.raises(BadInput, match='cut.png'):
-            make_cls_labels.label_from_mask(tmp_path / 'cut.png')
+            make_cls_labels.label_from_mask(tmp_path / 'cut.png', 20)
 
 
 def test_missing_mask_names_image_and_places(devkit, tmp_path):

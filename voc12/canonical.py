@@ -7,6 +7,8 @@ import hashlib
 
 import numpy as np
 
+from voc12.lists import CAT_LIST
+
 # name of the list -> number of names, first and last name, names_digest, labels_digest (VOC's test labels are secret)
 CANONICAL = {
     'train': (1464, '2007_000032', '2011_003255',
@@ -22,6 +24,9 @@ CANONICAL = {
              '7d323bb3448fa174b9194953e01dfd168c9890adb30dd2491a66536edbeca0aa',
              None),
 }
+# name of the list -> what to know about it
+REMARKS = {'train': ": the split of the paper's CAM tables", 'val': '', 'train_aug': ': the training set of the paper',
+           'test': ': ground truth is not public'}
 
 
 def names_digest(names):
@@ -30,9 +35,9 @@ def names_digest(names):
 
 
 def labels_digest(names, labels):
-    """sha256 (hex) of the little-endian float32 (n, 20) matrix, one row a name in sorted order.
+    """sha256 (hex) of the little-endian float32 (n, C) matrix, one row a name in sorted order.
 
-    names: list of str; labels: dict name -> (20,) multi-hot, classes in VOC order.
+    names: list of str; labels: dict name -> (C,) multi-hot, classes in VOC order.
     """
     rows = [np.asarray(labels[name], '<f4').tobytes() for name in sorted(names)]
     return hashlib.sha256(b''.join(rows)).hexdigest()
@@ -45,6 +50,20 @@ def find_canonical(names):
         if digest == canonical_digest:
             return key
     return None
+
+
+def describe_list(names, class_names):
+    """One line without its full stop: how many images, and which of VOC's lists, where the class names are VOC's.
+
+    names: list of str, in any order; class_names: foreground classes, as `load_class_names` returns them.
+    """
+    count = f'{len(names):,} image' + ('s' if len(names) != 1 else '')
+    if list(class_names) != CAT_LIST:
+        return count
+    key = find_canonical(names)
+    if key is None:
+        return f'a list of {count} that is none of the lists SEAM used'
+    return f'VOC 2012 {key}, {count}{REMARKS[key]}'
 
 
 def compare_names(names, key):
@@ -64,7 +83,7 @@ def compare_names(names, key):
 def compare_labels(names, labels):
     """One line: whether names and labels are those of one of the canonical lists.
 
-    names: list of str; labels: dict name -> (20,) multi-hot.
+    names: list of str; labels: dict name -> (C,) multi-hot.
     """
     key = find_canonical(names)
     if key is None:

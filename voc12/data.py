@@ -6,9 +6,10 @@ import torch
 from torch.utils.data import Dataset
 
 from tool import imutils
+from tool.imutils import IGNORE
 from tool.pairs import fit_radius, pair_indices
 from tool.pyutils import BadInput, check_file
-from voc12.lists import IGNORE, check_images, get_img_path, load_img_name_list, load_labels
+from voc12.lists import CAT_LIST, check_images, get_img_path, load_img_name_list, load_labels
 
 STRIDE = 8      # pixels per feature cell
 
@@ -34,11 +35,12 @@ class VOC12ImageDataset(Dataset):
 
 
 class VOC12ClsDataset(VOC12ImageDataset):
-    """(name, image, label): label is a float32 (20,) multi-hot of the image's classes."""
+    """(name, image, label): label is a float32 (C,) multi-hot of the image's classes."""
 
-    def __init__(self, img_name_list_path, voc12_root, transform=None, cls_labels='voc12/cls_labels.npy'):
+    def __init__(self, img_name_list_path, voc12_root, transform=None, cls_labels='voc12/cls_labels.npy',
+                 class_names=CAT_LIST):
         super().__init__(img_name_list_path, voc12_root, transform)
-        self.labels = load_labels(self.img_name_list, cls_labels, voc12_root)
+        self.labels = load_labels(self.img_name_list, cls_labels, voc12_root, class_names)
 
     def __getitem__(self, idx):
         name, img = super().__getitem__(idx)
@@ -49,8 +51,9 @@ class VOC12ClsDatasetMSF(VOC12ClsDataset):
     """(name, [image, mirrored image, ...], label): two CHW arrays for each of `scales`, factors of the image's
     size. `inter_transform` turns the resized PIL image into CHW."""
 
-    def __init__(self, img_name_list_path, voc12_root, scales, inter_transform, cls_labels='voc12/cls_labels.npy'):
-        super().__init__(img_name_list_path, voc12_root, None, cls_labels)
+    def __init__(self, img_name_list_path, voc12_root, scales, inter_transform, cls_labels='voc12/cls_labels.npy',
+                 class_names=CAT_LIST):
+        super().__init__(img_name_list_path, voc12_root, None, cls_labels, class_names)
         self.scales = scales
         self.inter_transform = inter_transform
 
@@ -100,7 +103,7 @@ def fuse_crf_labels(scores):
 
 
 class VOC12AffDataset(VOC12ImageDataset):
-    """(image, (bg, fg, neg)): pair labels from the CRF score files of a low and a high background alpha.
+    """(name, image, (bg, fg, neg)): pair labels from the CRF score files of a low and a high background alpha.
 
     The three lists are walked in parallel; None skips a step. In each step the joint transform sees image
     and scores concatenated to (H, W, 3 + 2K), then the image and the scores get their own transform; in the
@@ -108,9 +111,10 @@ class VOC12AffDataset(VOC12ImageDataset):
     """
 
     def __init__(self, img_name_list_path, label_la_dir, label_ha_dir, cropsize, voc12_root, radius=5,
-                 joint_transform_list=(), img_transform_list=(), label_transform_list=()):
+                 num_classes=len(CAT_LIST), joint_transform_list=(), img_transform_list=(), label_transform_list=()):
         super().__init__(img_name_list_path, voc12_root)
         self.label_dirs = {'--la_crf_dir': label_la_dir, '--ha_crf_dir': label_ha_dir}
+        self.num_classes = num_classes
         self.transforms = list(zip(joint_transform_list, img_transform_list, label_transform_list))
         cells = cropsize // STRIDE
         self.extract_aff_label = ExtractAffinityLabelInRadius(cells, fit_radius(cells, cells, radius))
@@ -126,6 +130,9 @@ class VOC12AffDataset(VOC12ImageDataset):
             raise BadInput(f'{name}.npy has the labels {list(low)} in --la_crf_dir, {list(high)} in --ha_crf_dir')
         if not low:
             raise BadInput(f'{name}.npy (--la_crf_dir) has no class: take the image out of the list (--train_list)')
+        if max(low) > self.num_classes:
+            raise BadInput(f'{name}.npy (--la_crf_dir, --ha_crf_dir) has the label {max(low)}, more than the '
+                           f'{self.num_classes} classes of --class_names')
         label = np.stack([*low.values(), *high.values()], axis=-1)             # (H, W, 2K)
         if label.shape[:2] != img.size[::-1]:
             raise BadInput(f'{name}.npy (--la_crf_dir, --ha_crf_dir) is {label.shape[0]}x{label.shape[1]}, '
@@ -138,4 +145,4 @@ class VOC12AffDataset(VOC12ImageDataset):
                 img = img_transform(img)
             if label_transform:
                 label = label_transform(label)
-        return img, self.extract_aff_label(fuse_crf_labels(label))
+        return name, img, self.extract_aff_label(fuse_crf_labels(label))

@@ -16,16 +16,16 @@ REPO_ROOT = os.path.dirname(HERE)
 # `python voc12/make_cls_labels.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, REPO_ROOT)
 
-from tool.imutils import read_label_map
+from tool.imutils import IGNORE, read_label_map
 from tool.pyutils import BadInput, atomic_write, check_dir, exit_on_bad_input
 from voc12.canonical import compare_labels
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, NUM_CLASSES, label_from_xml,
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, label_from_xml, load_class_names,
                          load_img_name_list)
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(
-        description='Writes the image-level labels: a .npy file of a pickled dict, name -> float32 (20,) multi-hot.')
+        description='Writes the image-level labels: a .npy file of a pickled dict, name -> float32 multi-hot.')
     parser.add_argument('--train_list', default='train_aug.txt', type=str,
                         help='list of the training images; a bare file name that is not in the working directory '
                              'is looked for beside this script (default: %(default)s)')
@@ -41,6 +41,7 @@ def get_args_parser():
                         help='where the classes come from: xml, the objects of Annotations/ (as in the original '
                              f'labels); seg, the masks of {AUG_GT_FOLDER}/ or, where one is missing there, '
                              f'{GT_FOLDER}/ (default: %(default)s)')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     return parser
 
 
@@ -61,39 +62,39 @@ def find_root(voc12_root):
     return voc12_root
 
 
-def label_from_mask(path):
-    """float32 (20,) multi-hot of the classes in a label map (uint8 PNG, 0 background, 1..20, 255 ignored).
+def label_from_mask(path, num_classes):
+    """float32 (C,) multi-hot of the classes in a label map (uint8 PNG, 0 background, 1..C, 255 ignored).
 
-    Raises BadInput for an unreadable file, one that is not single-channel, and values 21..254.
+    Raises BadInput for an unreadable file, one that is not single-channel, and values between C and 255.
     """
-    label = np.zeros(NUM_CLASSES, np.float32)
+    label = np.zeros(num_classes, np.float32)
     for value in np.unique(read_label_map(path, '--source seg')):
-        if 1 <= value <= NUM_CLASSES:
+        if 1 <= value <= num_classes:
             label[value - 1] = 1.
         elif value not in (0, IGNORE):
-            raise BadInput(f'{path} (--source seg) contains {value}; class indices are 0..{NUM_CLASSES} and {IGNORE}')
+            raise BadInput(f'{path} (--source seg) contains {value}; class indices are 0..{num_classes} and {IGNORE}')
     return label
 
 
-def image_label(name, voc12_root, source):
-    """float32 (20,) multi-hot of one image; source: 'xml' or 'seg'."""
+def image_label(name, voc12_root, source, class_names):
+    """float32 (C,) multi-hot of one image; source: 'xml' or 'seg'."""
     if source == 'xml':
-        return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'))
+        return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names)
     paths = [os.path.join(voc12_root, folder, name + '.png') for folder in (AUG_GT_FOLDER, GT_FOLDER)]
     for path in paths:
         if os.path.isfile(path):
-            return label_from_mask(path)
+            return label_from_mask(path, len(class_names))
     raise BadInput(f'no mask of image {name}: neither {paths[0]} nor {paths[1]} exists (--voc12_root, --source seg)')
 
 
-def report(lists, labels):
+def report(lists, labels, class_names):
     """Prints images per class for each list, images without any class, and how the lists compare with SEAM's.
 
-    lists: dict flag -> list of names; labels: dict name -> float32 (20,).
+    lists: dict flag -> list of names; labels: dict name -> float32 (C,).
     """
     counts = [np.sum([labels[name] for name in names], axis=0).astype(int) for names in lists.values()]
     print('images per class' + ''.join(f'{flag:>14}' for flag in lists))
-    for i, category in enumerate(CAT_LIST):
+    for i, category in enumerate(class_names):
         print(f'{category:16}' + ''.join(f'{count[i]:14d}' for count in counts))
     print(f'{"images":16}' + ''.join(f'{len(names):14d}' for names in lists.values()))
     for flag, names in lists.items():
@@ -107,6 +108,7 @@ def report(lists, labels):
 def main(args):
     lists = {flag: load_img_name_list(find_list(path), flag)
              for flag, path in (('--train_list', args.train_list), ('--val_list', args.val_list))}
+    class_names = load_class_names(args.class_names)
     voc12_root = find_root(args.voc12_root)
     out = os.path.join(HERE, args.out) if args.out == get_args_parser().get_default('out') else args.out
     out = out if out.endswith('.npy') else out + '.npy'      # as np.save does with a path
@@ -117,10 +119,10 @@ def main(args):
     # Closed by `with`, so that an error message starts on a line of its own; no bar where no terminal is.
     with tqdm(names, desc=f'labels from {args.source}', disable=None) as progress:
         for name in progress:
-            labels[name] = image_label(name, voc12_root, args.source)
+            labels[name] = image_label(name, voc12_root, args.source, class_names)
     with atomic_write(out) as file:
         np.save(file, labels, allow_pickle=True)
-    report(lists, labels)
+    report(lists, labels, class_names)
     print(f'{len(labels)} labels written to {out}')
 
 

@@ -17,12 +17,13 @@ from PIL import Image
 # `python voc12/make_toy.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from tool.imutils import IGNORE, save_label_map
 from tool.pyutils import BadInput, atomic_write, exit_on_bad_input, make_dir
-from tool.visualization import voc_palette
-from voc12.lists import ANNOT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, IMG_FOLDER, NUM_CLASSES
+from voc12.lists import ANNOT_FOLDER, GT_FOLDER, IMG_FOLDER, load_class_names
 
 LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 MARKER = 'TOY.txt'                 # tells a folder of ours from a real VOC2012, whose names we would overwrite
+MOST_CLASSES = 24                  # heads that can be told apart
 MIN_SIDE = 48                      # pixels; below this heads are no longer more than a few pixels
 VAL_EVERY = 4                      # one image in four goes to val
 
@@ -78,7 +79,7 @@ def make_background(rng, own_kind, num_kinds, h, w):
 
 
 def paint_head(k, u, v):
-    """The striking part of class `k` (0..19): float32 (..., 3) RGB and bool (...) shape.
+    """The striking part of class `k` (from 0): float32 (..., 3) RGB and bool (...) shape.
 
     u, v: coordinates in head radii, 0 at the centre. Pattern, outline and colour pair belong to the class.
     """
@@ -98,7 +99,7 @@ def paint_head(k, u, v):
 
 
 def make_object(rng, k, length, head_radius, colour):
-    """One object of class `k` (0..19) on a square patch: float32 (s, s, 3) RGB, bool (s, s) object, bool head.
+    """One object of class `k` (from 0) on a square patch: float32 (s, s, 3) RGB, bool (s, s) object, bool head.
 
     length, head_radius: in pixels. colour: (3,) RGB of the body.
     """
@@ -189,14 +190,14 @@ def make_image(seed, index, size, num_classes):
 
 
 def make_mask(instances, classes):
-    """uint8 (h, w) label map: 0 background, class index 1..20, 255 on the two pixels along every border."""
+    """uint8 (h, w) label map: 0 background, class + 1, 255 on the two pixels along every border."""
     mask = np.array([0] + [k + 1 for k in classes], np.uint8)[instances]
     levels, kernel = instances.astype(np.uint8), np.ones((3, 3), np.uint8)
     mask[cv2.dilate(levels, kernel) != cv2.erode(levels, kernel)] = IGNORE
     return mask
 
 
-def make_annotation(name, instances, classes):
+def make_annotation(name, instances, classes, class_names):
     """VOC's XML of one image, as text; boxes count from 1, both ends included."""
     h, w = instances.shape
     lines = ['<annotation>', '\t<folder>VOC2012</folder>', f'\t<filename>{name}.jpg</filename>',
@@ -205,7 +206,7 @@ def make_annotation(name, instances, classes):
         ys, xs = np.nonzero(instances == number)
         x0, y0, x1, y1 = xs.min() + 1, ys.min() + 1, xs.max() + 1, ys.max() + 1
         cut = int(x0 == 1 or y0 == 1 or x1 == w or y1 == h)
-        lines += ['\t<object>', f'\t\t<name>{CAT_LIST[k]}</name>', '\t\t<pose>Unspecified</pose>',
+        lines += ['\t<object>', f'\t\t<name>{class_names[k]}</name>', '\t\t<pose>Unspecified</pose>',
                   f'\t\t<truncated>{cut}</truncated>', '\t\t<difficult>0</difficult>',
                   f'\t\t<bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>',
                   '\t</object>']
@@ -220,10 +221,11 @@ def split_indices(count, num_classes):
     return sorted(set(range(count)) - set(val)), val
 
 
-def check_args(args):
+def check_args(args, class_names):
     """Raises BadInput for values out of range and for a folder that holds something else."""
-    if not 1 <= args.classes <= NUM_CLASSES:
-        raise BadInput(f'--classes must be 1..{NUM_CLASSES}, not {args.classes}')
+    most = min(len(class_names), MOST_CLASSES)
+    if not 1 <= args.classes <= most:
+        raise BadInput(f'--classes must be 1..{most}, not {args.classes}')
     if not 2 <= args.count <= 999999:
         raise BadInput(f'--count must be 2..999999, not {args.count}')
     if min(args.size) < MIN_SIDE:
@@ -242,14 +244,19 @@ def get_args_parser():
                         help='number of images, a quarter of them val; use 4 per class or more')
     parser.add_argument('--size', default=(128, 160), type=int, nargs=2, metavar=('H', 'W'),
                         help='height and width in pixels; each image varies by 15%% around them')
-    parser.add_argument('--classes', default=6, type=int, metavar='K',
-                        help="use the first K of VOC's class names, 1..20; networks keep their 21 outputs")
+    parser.add_argument('--classes', type=int, metavar='K',
+                        help='draw objects of the first K classes: 6, or all where there are fewer; networks keep an '
+                             'output for every class')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     parser.add_argument('--seed', default=0, type=int, metavar='S', help='same seed and flags, same files')
     return parser
 
 
 def main(args):
-    check_args(args)
+    class_names = load_class_names(args.class_names)
+    if args.classes is None:
+        args.classes = min(6, len(class_names))
+    check_args(args, class_names)
 
     def save(path, data, **options):
         """Writes text, or an image with Pillow's options, to a path below --out."""
@@ -268,11 +275,9 @@ def main(args):
     names = [f'2007_{index + 1:06d}' for index in range(args.count)]
     for index, name in enumerate(names):
         img, instances, classes = make_image(args.seed, index, args.size, args.classes)
-        mask = Image.fromarray(make_mask(instances, classes))
-        mask.putpalette(voc_palette().tobytes())
         save(os.path.join(IMG_FOLDER, name + '.jpg'), Image.fromarray(img), format='JPEG', quality=92)
-        save(os.path.join(GT_FOLDER, name + '.png'), mask, format='PNG')
-        save(os.path.join(ANNOT_FOLDER, name + '.xml'), make_annotation(name, instances, classes))
+        save_label_map(os.path.join(args.out, GT_FOLDER, name + '.png'), make_mask(instances, classes))
+        save(os.path.join(ANNOT_FOLDER, name + '.xml'), make_annotation(name, instances, classes, class_names))
 
     train, val = split_indices(args.count, args.classes)
     for split, indices in (('train', train), ('val', val), ('trainval', range(args.count))):

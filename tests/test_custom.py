@@ -1,0 +1,385 @@
+"""voc12/make_custom.py: a data root from a folder of images and a CSV file of image-level labels."""
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tool.imutils import read_image, read_label_map, save_label_map
+from tool.pyutils import BadInput
+from voc12 import check
+from voc12.lists import check_images, get_img_path, load_class_names, load_img_name_list, load_labels
+from voc12.make_custom import MARKER, get_args_parser, main, split_names
+
+SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'voc12', 'make_custom.py')
+
+# file -> its classes; every format that is common in a folder of photographs
+FILES = {'a.jpg': ['cat'], 'b.png': ['dog', 'cat'], 'c.JPG': ['dog'], 'sub/d.webp': ['red fox'], 'e 1.bmp': ['cat'],
+         'f.gif': ['dog'], 'g.jpeg': ['red fox', 'dog'], 'h.tif': ['cat'], 'i.jpg': ['dog'], 'j.jpg': ['red fox']}
+NAMES = ['a', 'b', 'c', 'd', 'e_1', 'f', 'g', 'h', 'i', 'j']
+CLASSES = ['cat', 'dog', 'red fox']
+ROWS = [','.join([path, *classes]) for path, classes in FILES.items()]
+ONE_HOT = ['image,dog,cat,red fox'] + [
+    ','.join([path, *(str(int(name in classes)) for name in ('dog', 'cat', 'red fox'))])
+    for path, classes in FILES.items()]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Folder of ten images, 12 pixels wide and 9 high."""
+    folder = tmp_path / 'photos'
+    (folder / 'sub').mkdir(parents=True)
+    for number, path in enumerate(FILES):
+        Image.new('RGB', (12, 9), (20 * number, 100, 50)).save(folder / path)
+    return folder
+
+
+def arguments(images, text, *flags, out='root'):
+    """Command line after writing the labels: `text` (str, bytes, or a list of lines)."""
+    text = '\n'.join(text) if isinstance(text, list) else text
+    labels = images.parent / 'labels.csv'
+    labels.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return ['--images', str(images), '--labels', str(labels), '--out', str(images.parent / out), *map(str, flags)]
+
+
+def make(images, text, *flags, out='root'):
+    """Runs the script in this process; returns the data root."""
+    main(get_args_parser().parse_args(arguments(images, text, *flags, out=out)))
+    return images.parent / out
+
+
+def split_of(root, split):
+    return load_img_name_list(str(root / 'ImageSets' / 'Segmentation' / f'{split}.txt'))
+
+
+def labels_of(root):
+    """dict name -> list of its class names, by the readers that training uses."""
+    class_names = load_class_names(str(root / 'class_names.txt'))
+    names = np.load(root / 'cls_labels.npy', allow_pickle=True).item()
+    labels = load_labels(names, str(root / 'cls_labels.npy'), str(root), class_names)
+    return {name: [class_names[i] for i in np.flatnonzero(label)] for name, label in labels.items()}
+
+
+def content(root):
+    """dict relative path -> bytes of every file."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*') if path.is_file()}
+
+
+def write_mask(path, values, size=(9, 12)):
+    """A label map of (h, w) whose first pixels have `values`."""
+    mask = np.zeros(size, np.uint8)
+    mask.flat[:len(values)] = values
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_label_map(str(path), mask)
+
+
+# ---------------------------------------------------------------- what is written
+
+def test_the_readers_of_training_read_it_back(images):
+    root = make(images, ROWS)
+    assert load_class_names(str(root / 'class_names.txt')) == CLASSES
+    assert labels_of(root) == {name: sorted(classes) for name, classes in zip(NAMES, FILES.values())}
+    train, val = split_of(root, 'train'), split_of(root, 'val')
+    assert sorted(train + val) == NAMES and train == sorted(train) and val == sorted(val) and len(val) == 2
+    check_images(train + val, 'the lists', str(root))
+
+
+def test_labels_are_float32(images):
+    labels = np.load(make(images, ROWS) / 'cls_labels.npy', allow_pickle=True).item()
+    assert type(labels) is dict
+    np.testing.assert_array_equal(labels['b'], np.array([1, 1, 0], np.float32), strict=True)
+
+
+def test_images_of_any_format_open_behind_their_jpg_names(images):
+    root = make(images, ROWS)
+    for name, path in zip(NAMES, FILES):
+        link = get_img_path(name, str(root))
+        assert os.path.islink(link) and os.readlink(link) == str(images / path)
+        np.testing.assert_array_equal(read_image(link), read_image(images / path))
+
+
+def test_links_hold_from_any_folder_when_the_paths_given_are_relative(images, tmp_path, monkeypatch):
+    make(images, ROWS)
+    monkeypatch.chdir(tmp_path)
+    main(get_args_parser().parse_args(['--images', 'photos', '--labels', 'labels.csv', '--out', 'relative']))
+    monkeypatch.chdir('/')
+    assert read_image(get_img_path('a', str(tmp_path / 'relative'))).size == (12, 9)
+
+
+def test_copies_do_not_need_the_originals(images):
+    root = make(images, ROWS, '--copy')
+    image = root / 'JPEGImages' / 'b.jpg'
+    assert not image.is_symlink() and image.read_bytes() == (images / 'b.png').read_bytes()
+
+
+def test_files_are_copied_where_links_are_not_possible(images, monkeypatch):
+    def refuse(*_):
+        raise OSError('no links here')
+    monkeypatch.setattr(os, 'symlink', refuse)
+    image = make(images, ROWS) / 'JPEGImages' / 'b.jpg'
+    assert not image.is_symlink() and image.read_bytes() == (images / 'b.png').read_bytes()
+
+
+def test_class_names_of_the_user_keep_their_order(images):
+    names = images.parent / 'names.txt'
+    names.write_text('zebra\nred  fox\ndog\ncat\n')
+    root = make(images, ROWS, '--class_names', names)
+    assert load_class_names(str(root / 'class_names.txt')) == ['zebra', 'red fox', 'dog', 'cat']
+    assert labels_of(root)['b'] == ['dog', 'cat']
+
+
+def test_flags_for_the_next_scripts_are_printed(images, capsys):
+    root = make(images, ROWS, out='my root')
+    flags = (f"'{root}/ImageSets/Segmentation/train.txt' --voc12_root '{root}' --cls_labels '{root}/cls_labels.npy' "
+             f"--class_names '{root}/class_names.txt'")
+    assert capsys.readouterr().out.splitlines()[-2:] == [f'next: python voc12/check.py --list {flags}',
+                                                         f'then: python train_SEAM.py --train_list {flags}']
+
+
+def test_the_check_passes_what_is_written(images, capsys):
+    root = make(images, ROWS)
+    assert check.main(check.get_args_parser().parse_args([
+        '--voc12_root', str(root), '--list', str(root / 'ImageSets' / 'Segmentation' / 'train.txt'),
+        '--cls_labels', str(root / 'cls_labels.npy'), '--class_names', str(root / 'class_names.txt')])) == 0
+
+
+def test_images_per_class_are_printed(images, capsys):
+    root = make(images, ROWS)
+    labels, rows = labels_of(root), capsys.readouterr().out.splitlines()
+    for name in CLASSES:
+        counts = [sum(name in labels[image] for image in split_of(root, split)) for split in ('train', 'val')]
+        assert any(row.split() == [*name.split(), *map(str, counts)] for row in rows)
+    assert any(row.split() == ['all', '8', '2'] for row in rows)
+
+
+# ---------------------------------------------------------------- CSV forms
+
+@pytest.mark.parametrize('text', [
+    ONE_HOT,
+    [row.replace('1', '1.0') if row.startswith('j') else row for row in ONE_HOT],
+    [row.replace(',0', ',') for row in ONE_HOT],                                       # empty for 0
+    ['file name,classes', *ROWS],
+    [f'{path},{"; ".join(classes)}' for path, classes in FILES.items()],
+    [f'{path},{"|".join(classes)},,' for path, classes in FILES.items()],
+    [f'{path};{"|".join(classes)}' for path, classes in FILES.items()],
+    [row.replace(',', ';') for row in ROWS],
+    [row.replace(',', ';') for row in ONE_HOT],
+    ['\t'.join([path, ';'.join(classes)]) for path, classes in FILES.items()],
+    [f' "{path}", ' + ' , '.join(classes) + ' ' for path, classes in FILES.items()],
+    [f'{path},{name}' for path, classes in FILES.items() for name in classes],         # rows add up
+    [os.path.splitext(path)[0] + ',' + '|'.join(classes) for path, classes in FILES.items()],
+    [f'./{row}' for row in ROWS],
+    ('\ufeff' + '\r\n'.join(ROWS) + '\r\n\r\n').encode(),
+    ('\ufeff' + '\r\n'.join(ONE_HOT)).encode(),
+])
+def test_every_form_of_the_same_labels_gives_the_same_files(text, images):
+    assert content(make(images, text, out='other')) == content(make(images, ROWS))
+
+
+def test_header_is_told(images, capsys):
+    make(images, ONE_HOT)
+    assert capsys.readouterr().out.count('first line is a header') == 1
+    make(images, ROWS)
+    assert 'is a header' not in capsys.readouterr().out
+
+
+def test_one_hot_class_without_images_stays_a_class(images):
+    root = make(images, ['image,yak,cat', 'a.jpg,0,1', 'h.tif,0,1'])
+    assert load_class_names(str(root / 'class_names.txt')) == ['cat', 'yak']
+
+
+def test_delimiter_in_quotes(images):
+    assert labels_of(make(images, ['a.jpg,"light, red"', 'b.png,dog']))['a'] == ['light, red']
+
+
+def test_class_names_beyond_ascii(images):
+    assert labels_of(make(images, ['a.jpg,Füchsin', 'b.png,猫']))['a'] == ['Füchsin']
+
+
+@pytest.mark.parametrize('file', ['a.jpg.png', 'a b.png', 'a.b.png'])
+def test_names_survive_the_readers_of_lists(file, images):
+    (images / 'a.jpg').rename(images / file)
+    root = make(images, [f'{file},cat', 'b.png,dog'])
+    check_images(split_of(root, 'train'), 'the list', str(root))
+    assert set(labels_of(root)) == set(split_of(root, 'train')) and len(labels_of(root)) == 2
+
+
+# ---------------------------------------------------------------- split
+
+def many(count):
+    """Labels of `count` images with one or two of four classes."""
+    eye = np.eye(4, dtype=np.float32)
+    return {f'n{i:03d}': np.maximum(eye[i % 4], eye[i // 4 % 4]) for i in range(count)}
+
+
+@pytest.mark.parametrize('count, share', [(40, .2), (41, .5), (100, 0), (7, .3)])
+def test_split_has_the_share_and_leaves_nothing_out(count, share):
+    labels = many(count)
+    train, val = split_names(labels, share, 0)
+    assert len(val) == round(share * count) and sorted(train + val) == sorted(labels)
+
+
+def test_split_goes_by_seed_and_not_by_row_order(images):
+    lists = [split_of(make(images, rows, '--val_share', .4, out=str(number)), 'val')
+             for number, rows in enumerate((ROWS, ROWS[::-1], ONE_HOT[:1] + ONE_HOT[:4:-1] + ONE_HOT[1:5]))]
+    assert lists[0] == lists[1] == lists[2] and len(lists[0]) == 4
+    splits = [split_names(many(40), .2, seed)[1] for seed in (0, 0, 1, 2)]
+    assert splits[0] == splits[1] and splits[0] != splits[2] != splits[3]
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_every_class_is_in_train(seed):
+    labels = {f'n{i}': np.eye(5, dtype=np.float32)[i // 2] for i in range(9)}      # the last class has one image
+    train, val = split_names(labels, .9, seed)
+    assert np.sum([labels[name] for name in train], axis=0).tolist() == [1, 1, 1, 1, 1] and len(val) == 4
+
+
+def test_no_val_list_without_a_share_not_even_an_old_one(images):
+    make(images, ROWS)
+    root = make(images, ROWS, '--val_share', 0)
+    assert os.listdir(root / 'ImageSets' / 'Segmentation') == ['train.txt'] and split_of(root, 'train') == NAMES
+
+
+# ---------------------------------------------------------------- masks
+
+def test_masks_are_linked_from_the_paths_of_the_images_and_counted(images, capsys):
+    masks = images.parent / 'masks'
+    for path in ('a.png', 'e 1.png', 'sub/d.png', 'unknown.png'):
+        write_mask(masks / path, [0, 1, 3, 255])
+    root = make(images, ROWS, '--masks', masks)
+    folder = root / 'SegmentationClass'
+    assert sorted(os.listdir(folder)) == ['a.png', 'd.png', 'e_1.png'] and (folder / 'a.png').is_symlink()
+    assert set(read_label_map(str(folder / 'a.png'), '--gt_dir').flat) == {0, 1, 3, 255}
+    row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith('with a mask'))
+    assert sum(map(int, row.split()[3:])) == 3
+
+
+def test_masks_of_other_images_alone_are_refused(images):
+    write_mask(images.parent / 'masks' / 'a_mask.png', [1])
+    with pytest.raises(BadInput, match='no file of .*masks .--masks. is the mask of an image'):
+        make(images, ROWS, '--masks', images.parent / 'masks')
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize('text, words', [
+    ('', 'has no rows'),
+    ('image,classes', 'has no rows'),
+    (['a.jpg,cat', 'x.jpg,dog', 'y,dog', ',dog'], '3 rows name images that are not in .*"x.jpg": .*line 2'),
+    (['a.jpg,cat', '', 'b.png, , ;'], 'line 3: b.png has no class'),
+    (['a.jpg', 'b.png'], 'line 1: a.jpg has no class'),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,0,0'], 'line 3: b.png has no class'),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,1'], 'line 3: 1 values, but the header names 2 classes'),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,1,0,1'], 'line 3: 3 values'),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,2,0'], 'has "2" beside values 0 and 1'),
+    (['a.jpg,1,0', 'b.png,0,1'], 'must be a header that names a class for every column'),
+    (['image,cat,cat', 'a.jpg,1,0'], 'for every column, each once'),
+    (['image,,cat', 'a.jpg,1,0'], 'must be a header'),
+    (['a.jpg,cat', 'b.png,"dog', 'c.JPG,cat'], 'unexpected end of data'),
+    (['a.jpg,background'], 'none may be called background'),
+    (['a.jpg,1', 'b.png,dog'], 'has "dog" beside'),
+    ([f'a.jpg,{"|".join(f"c{i}" for i in range(255))}'], 'has 255 classes'),
+    ('a.jpg,F\xfcchsin'.encode('latin-1'), 'as a text file'),
+])
+def test_bad_labels_are_named_and_nothing_is_written(text, words, images):
+    with pytest.raises(BadInput, match=words) as error:
+        make(images, text)
+    assert '\n' not in str(error.value) and 'labels' in str(error.value)
+    assert sorted(os.listdir(images.parent)) == ['labels.csv', 'photos']
+
+
+def test_class_that_is_not_among_the_given_names_is_refused(images):
+    (images.parent / 'names.txt').write_text('cat\ndog\n')
+    with pytest.raises(BadInput, match='has 1 classes that are not in .*names.txt .--class_names.*"red fox"'):
+        make(images, ROWS, '--class_names', images.parent / 'names.txt')
+    assert not (images.parent / 'root').exists()
+
+
+@pytest.mark.parametrize('twin', ['sub/a.jpg', 'a.png', 'sub/e_1.jpg'])
+def test_two_images_of_one_name_are_both_named(twin, images):
+    first = 'e 1.bmp' if '1' in twin else 'a.jpg'
+    Image.new('RGB', (12, 9)).save(images / twin)
+    with pytest.raises(BadInput) as error:
+        make(images, [f'{first},cat', f'{twin},dog'])
+    assert first in str(error.value) and twin in str(error.value)
+
+
+def test_share_beyond_its_range_is_refused(images):
+    with pytest.raises(BadInput, match='--val_share must be from 0 to 0.9'):
+        make(images, ROWS, '--val_share', 1)
+
+
+# ---------------------------------------------------------------- a root that exists
+
+def test_folder_of_somebody_else_is_refused(images):
+    other = images.parent / 'root'
+    other.mkdir()
+    make(images, ROWS, out='root')                          # an empty folder will do
+    (other / MARKER).unlink()
+    with pytest.raises(BadInput, match='was not made by this script; name an empty or new folder .--out.'):
+        make(images, ROWS)
+
+
+def test_images_inside_the_root_are_refused(images):
+    root = make(images, ROWS)
+    with pytest.raises(BadInput, match='--images. lies in'):
+        main(get_args_parser().parse_args(['--images', str(root / 'JPEGImages'), '--labels',
+                                           str(images.parent / 'labels.csv'), '--out', str(root)]))
+    assert read_image(get_img_path('a', str(root))).size == (12, 9)
+
+
+def test_second_run_gives_what_a_first_one_gives_and_keeps_what_is_not_its_own(images):
+    root = make(images, ROWS)
+    (root / 'cam').mkdir()
+    write_mask(root / 'SegmentationClass' / 'b.png', [2])
+    before = content(make(images, ROWS[:5]))
+    fresh = content(make(images, ROWS[:5], out='fresh'))
+    assert fresh.items() <= before.items() and (root / 'cam').is_dir() and 'SegmentationClass/b.png' in before
+
+
+@pytest.mark.parametrize('flags', [[], ['--copy']])
+def test_files_of_the_user_are_not_overwritten(flags, images):
+    root = make(images, ROWS[:2], *flags)
+    (root / 'JPEGImages' / 'c.jpg').write_bytes(b'mine')
+    with pytest.raises(BadInput, match='c.jpg .--out. is no copy of'):
+        make(images, ROWS, *flags)
+    assert (root / 'JPEGImages' / 'c.jpg').read_bytes() == b'mine' and set(labels_of(root)) == {'a', 'b'}
+
+
+def test_bad_input_leaves_the_earlier_root_as_it_was(images):
+    before = content(make(images, ROWS))
+    with pytest.raises(BadInput):
+        make(images, ROWS + ['x.jpg,cat'])
+    assert content(images.parent / 'root') == before
+
+
+def test_stopped_run_leaves_the_earlier_lists_and_is_made_good_by_the_next(images, monkeypatch):
+    root = make(images, ROWS[5:])
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, 'save', stop)
+        make(images, ROWS[:5])
+    assert sorted(split_of(root, 'train') + split_of(root, 'val')) == NAMES[5:] == sorted(labels_of(root))
+    assert content(make(images, ROWS)) == content(make(images, ROWS, out='fresh'))
+
+
+# ---------------------------------------------------------------- command line
+
+def run_script(*args, cwd):
+    return subprocess.run([sys.executable, SCRIPT, *args], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_script_runs_from_any_folder(images, tmp_path):
+    done = run_script(*arguments(images, ROWS), cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert labels_of(tmp_path / 'root')['a'] == ['cat']
+
+
+def test_bad_input_is_one_line_and_exit_code_2(images, tmp_path):
+    done = run_script(*arguments(images, ROWS + ['x.jpg,cat']), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and '"x.jpg"' in done.stderr
+    assert not (tmp_path / 'root').exists()

@@ -1,0 +1,273 @@
+"""Reads a data set once, images, masks and labels, and says what is wrong with it before hours of training do.
+
+    python voc12/check.py --voc12_root VOC2012 --list voc12/train_aug.txt
+
+Prints one line for each check: `ok`, `note` (worth knowing, harmless or normal) or `PROBLEM`, with the count and the
+first five names. Exit code 0 without a PROBLEM, 1 with one, 2 for flags that name nothing to check.
+"""
+import argparse
+import collections
+import contextlib
+import functools
+import os
+import sys
+
+import numpy as np
+from PIL import Image
+
+# `python voc12/check.py` puts voc12/ on the path, not the repository root
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tool.imutils import read_label_map, voc_palette
+from tool.pyutils import BadInput, check_dir, check_range, exit_on_bad_input, parallel_map
+from voc12.canonical import compare_labels, describe_list, find_canonical
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, IMG_FOLDER, get_img_path,
+                         label_from_xml, load_class_names, load_img_name_list)
+
+OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
+VOC_COLOURS = voc_palette().tobytes()
+FEW = 0.1                          # share of the images whose mask and label may differ without being a PROBLEM
+SAMPLE = 24                        # masks that `ground_truth_warnings` looks at
+NOT_OFFICIAL = ("not the official SegmentationClass files, perhaps SBD's or SegmentationClassAug (no 255 border), "
+                'or ground truth overwritten with predictions')
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        description='Reads every image, mask and label of a list once and says what is wrong. Exit code 0: no '
+                    'problem; 1: problems; 2: a flag that names nothing to check.')
+    parser.add_argument('--voc12_root', default='VOC2012', type=str,
+                        help='folder VOC2012 of the devkit, or one of its layout (default: %(default)s)')
+    parser.add_argument('--list', default='voc12/train_aug.txt', type=str,
+                        help='images to check (default: %(default)s)')
+    parser.add_argument('--gt_dir', default=None, type=str,
+                        help='folder of the masks, NAME.png, where every image must have one (default: '
+                             f'{GT_FOLDER} in --voc12_root, where only those of VOC train and val must)')
+    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy', type=str,
+                        help='image-level labels, a pickled dict; where it is missing, the XML files of '
+                             f'{ANNOT_FOLDER} are read (default: %(default)s)')
+    parser.add_argument('--class_names', default=None, type=str,
+                        help="text file, one foreground class a line (default: VOC's 20)")
+    parser.add_argument('--num_workers', default=8, type=int,
+                        help='processes; 0 works in the main one (default: %(default)s)')
+    return parser
+
+
+# ----- one image -----
+
+def reason(error):
+    """Why a file could not be read, on one line, for a place where its name stands already."""
+    return ' '.join(str(error.__cause__ or error).split())
+
+
+def mask_form(path):
+    """(mode, whether it is P with VOC's colours) of a mask, from the header alone. A shorter palette may be a part
+    of VOC's. Raises what Pillow raises."""
+    with Image.open(path) as img:
+        official = img.mode == 'P' and img.palette is not None and VOC_COLOURS.startswith(img.palette.tobytes())
+        return img.mode, official
+
+
+def look_at_mask(path, num_classes, size):
+    """(findings, classes) of one mask. Findings: dict of what is odd -> detail; classes: set of class indices from 0,
+    None where the mask cannot be read. size: (width, height) of the image, None where that is not known."""
+    try:
+        mode, official = mask_form(path)
+        if mode not in ('L', 'P'):
+            return {'damaged mask': f'a picture of mode {mode}, not class indices'}, None
+        labels = read_label_map(path, '--gt_dir')                  # uint8 (H, W)
+    except FileNotFoundError:
+        return {'no mask': ''}, None
+    except Exception as error:          # a damaged file raises whatever it likes, and must not stop the run
+        return {'damaged mask': reason(error)}, None
+    values = set(np.unique(labels).tolist())
+    wrong = sorted(values - {*range(num_classes + 1), IGNORE})
+    found = {}
+    if not official:
+        found['mask form'] = f'mode {mode}'
+    if size and labels.shape != size[::-1]:
+        found['size'] = f'mask {labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]}'
+    if IGNORE not in values:
+        found['no 255'] = ''
+    if wrong:
+        found['values'] = ' '.join(map(str, wrong[:5]))
+    return found, {value - 1 for value in values if 1 <= value <= num_classes}
+
+
+def look_at(name, voc12_root, gt_dir, num_classes):
+    """(findings, classes) of an image and its mask, fully decoded; classes as in `look_at_mask`."""
+    path, found, size = get_img_path(name, voc12_root), {}, None
+    try:
+        with Image.open(path) as img:
+            img.convert('RGB')
+            size = img.size
+            if img.mode != 'RGB':
+                found['image mode'] = img.mode
+    except FileNotFoundError:
+        found['no image'] = ''
+    except Exception as error:          # as in look_at_mask
+        found['damaged image'] = reason(error)
+    mask_found, classes = look_at_mask(os.path.join(gt_dir, name + '.png'), num_classes, size)
+    return {**found, **mask_found}, classes
+
+
+# ----- labels -----
+
+def read_labels(names, cls_labels, voc12_root, class_names):
+    """(labels, unusable): dict name -> float32 (C,) multi-hot, and (name, why) of the names that have none.
+
+    Reads what `load_labels` reads, without stopping at the first name that is wrong. An empty label is a label.
+    Raises BadInput for a cls_labels file that is no pickled dict.
+    """
+    if os.path.isfile(cls_labels):
+        try:
+            get_label = dict(np.load(cls_labels, allow_pickle=True).item()).__getitem__
+        except Exception as error:      # unpickling raises whatever it likes
+            raise BadInput(f'cannot read {cls_labels} (--cls_labels): {error}') from error
+    else:
+        def get_label(name):
+            return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names)
+    labels, unusable = {}, []
+    for name in names:
+        try:
+            label = np.asarray(get_label(name), np.float32)
+        except KeyError:
+            unusable.append((name, 'no entry'))
+            continue
+        except (BadInput, TypeError, ValueError) as error:
+            unusable.append((name, reason(error)))
+            continue
+        if label.shape != (len(class_names),):
+            unusable.append((name, f'shape {label.shape}, not ({len(class_names)},)'))
+        elif not np.isin(label, (0, 1)).all():
+            unusable.append((name, 'other values than 0 and 1'))
+        else:
+            labels[name] = label
+    return labels, unusable
+
+
+# ----- verdict: lines of (level, text) -----
+
+def judge(level, what, found, hint=''):
+    """One line of the verdict: ok where nothing was found. found: list of (name, detail or '')."""
+    if not found:
+        return OK, f'{what}: none'
+    first = ', '.join(name + (f' ({detail})' if detail else '') for name, detail in found[:5])
+    return level, f'{what}: {len(found):,}: {first}{", ..." * (len(found) > 5)}' + (f'; {hint}' if hint else '')
+
+
+def pick(results, key):
+    """(name, detail) of the names that have the finding `key`."""
+    return [(name, found[key]) for name, (found, _) in results.items() if key in found]
+
+
+def mask_lines(results, gt_dir, needed, class_names):
+    """The ground truth: there, readable, of the official form, with the values that it may have.
+    needed: whether every image must have a mask."""
+    lines = [judge(PROBLEM if needed else NOTE, f'images without a mask in {gt_dir}', pick(results, 'no mask'),
+                   'training needs none, evaluation does'),
+             judge(PROBLEM, 'masks that cannot be read', pick(results, 'damaged mask'))]
+    readable = sum(classes is not None for _, classes in results.values())
+    if not readable:
+        return lines
+    # masks of other data sets, and those of SBD, need neither VOC's colours nor its border
+    if list(class_names) != CAT_LIST:
+        level, hint = NOTE, 'fine outside VOC'
+    elif os.path.basename(os.path.abspath(gt_dir)) == AUG_GT_FOLDER:
+        level, hint = NOTE, f"usual in {AUG_GT_FOLDER}; the paper's evaluation uses the official {GT_FOLDER}"
+    else:
+        level, hint = PROBLEM, NOT_OFFICIAL
+    lines += [judge(PROBLEM, 'masks of another size than their image (width x height)', pick(results, 'size')),
+              judge(PROBLEM, f'masks with values other than 0..{len(class_names)} and {IGNORE}',
+                    pick(results, 'values'), 'another class list (--class_names), or no ground truth'),
+              judge(level, "masks that are not indexed images in VOC's colours", pick(results, 'mask form'), hint)]
+    bare = pick(results, 'no 255')
+    if len(bare) == readable:
+        lines.append((level, f'no mask has a pixel of {IGNORE}, the border of VOC: {hint}'))
+    else:
+        lines.append(judge(NOTE, f'masks without a pixel of {IGNORE}, the border of VOC', bare,
+                           f'{readable - len(bare):,} have it'))
+    return lines
+
+
+def label_lines(names, labels, unusable, source, key):
+    """The image-level labels: there, not empty, those that SEAM used. key: which of VOC's lists it is, or None."""
+    level = NOTE if key == 'test' else PROBLEM              # VOC keeps the labels of test to itself
+    lines = [judge(level, f'images without a usable label in {source} (--cls_labels)', unusable),
+             judge(level, 'images without any class', [(name, '') for name in labels if not labels[name].any()],
+                   'training refuses them')]
+    if key and not unusable:
+        verdict = compare_labels(names, labels)
+        lines.append((NOTE if 'NOT' in verdict else OK, f'digests of list and labels: {verdict}'))
+    return lines
+
+
+def agreement_lines(results, labels, class_names):
+    """Whether masks and image-level labels name the same classes."""
+    both = {name: (set(np.flatnonzero(labels[name]).tolist()), classes)
+            for name, (_, classes) in results.items() if classes is not None and name in labels}
+    lines = []
+    for what, missing in (('masks with a class that the label lacks', lambda label, mask: mask - label),
+                          ('labels with a class that the mask lacks', lambda label, mask: label - mask)):
+        found = [(name, ', '.join(class_names[c] for c in sorted(missing(*pair))))
+                 for name, pair in both.items() if missing(*pair)]
+        lines.append(judge(PROBLEM if len(found) > FEW * len(both) else NOTE, what, found,
+                           f'of {len(both):,} compared; a few are normal (VOC does not segment some difficult '
+                           f'objects), more than {FEW:.0%} are not'))
+    return lines
+
+
+# ----- for the other scripts -----
+
+def ground_truth_warnings(gt_dir, names, class_names):
+    """Warning lines about masks that are not VOC's official files; empty where all is well, or the classes are others.
+
+    Reads the headers of at most SAMPLE masks, spread over the list; passes over those that are missing or damaged.
+    """
+    if list(class_names) != CAT_LIST:
+        return []
+    forms = []
+    for index in np.unique(np.linspace(0, len(names) - 1, min(SAMPLE, len(names))).astype(int)):
+        with contextlib.suppress(OSError, SyntaxError, ValueError):
+            forms.append(mask_form(os.path.join(gt_dir, names[index] + '.png')))
+    odd = sum(not official for _, official in forms)
+    return [f"{odd} of {len(forms)} masks looked at in {gt_dir} (--gt_dir) are not indexed images in VOC's "
+            f'colours: {NOT_OFFICIAL}'] if odd else []
+
+
+def main(args):
+    """Returns the exit code: 0 without a PROBLEM, else 1."""
+    check_range(args, 0, 256, 'num_workers')
+    check_dir(os.path.join(args.voc12_root, IMG_FOLDER), '--voc12_root')
+    if args.gt_dir:
+        check_dir(args.gt_dir, '--gt_dir')
+    class_names = load_class_names(args.class_names)
+    counts = collections.Counter(load_img_name_list(args.list, '--list'))
+    names = list(counts)
+    key = find_canonical(names) if list(class_names) == CAT_LIST else None
+    gt_dir = args.gt_dir or os.path.join(args.voc12_root, GT_FOLDER)
+    # before the images: a wrong file ends the run at once
+    labels, unusable = read_labels(names, args.cls_labels, args.voc12_root, class_names)
+    work = functools.partial(look_at, voc12_root=args.voc12_root, gt_dir=gt_dir, num_classes=len(class_names))
+    results = {name: result for result, name in zip(parallel_map(work, names, args.num_workers, 'check'), names)}
+
+    lines = [(OK if key or list(class_names) != CAT_LIST else NOTE, f'the list: {describe_list(names, class_names)}'),
+             judge(PROBLEM, 'names more than once in the list', [(name, '') for name in names if counts[name] > 1]),
+             judge(PROBLEM, 'missing images', pick(results, 'no image')),
+             judge(PROBLEM, 'images that cannot be read', pick(results, 'damaged image')),
+             judge(NOTE, 'images that are not RGB', pick(results, 'image mode'), 'harmless: converted to RGB')]
+    lines += mask_lines(results, gt_dir, bool(args.gt_dir) or key in ('train', 'val'), class_names)
+    source = args.cls_labels if os.path.isfile(args.cls_labels) else os.path.join(args.voc12_root, ANNOT_FOLDER)
+    lines += label_lines(names, labels, unusable, source, key)
+    lines += agreement_lines(results, labels, class_names)
+    for level, text in lines:
+        print(f'{level:7}  {text}')
+    levels = collections.Counter(level for level, _ in lines)
+    print(f'verdict: {PROBLEM if levels[PROBLEM] else OK} (PROBLEM: {levels[PROBLEM]}, note: {levels[NOTE]}, '
+          f'ok: {levels[OK]})')
+    return int(levels[PROBLEM] > 0)
+
+
+if __name__ == '__main__':
+    with exit_on_bad_input():
+        sys.exit(main(get_args_parser().parse_args()))

@@ -1,0 +1,129 @@
+"""Writes SegmentationClassAug, the masks of VOC's augmented training set: SBD's as PNG, and VOC's own.
+
+    python voc12/make_seg_aug.py --sbd_root benchmark_RELEASE --voc12_root VOC2012
+
+The images are those of VOC train and val and of SBD train and val, 12,031 in all. Where VOC has a mask, that one is
+copied, with its borders of 255; the other masks are SBD's, which have no borders. `make_lists.py --seg_aug
+SegmentationClassAug` makes train_aug.txt from the folder. A run that was stopped goes on where it was.
+"""
+import argparse
+import collections
+import functools
+import os
+import shutil
+import sys
+
+import numpy as np
+from scipy.io import loadmat
+
+# `python voc12/make_seg_aug.py` puts voc12/ on the path, not the repository root
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tool.imutils import read_label_map, save_label_map
+from tool.pyutils import (BadInput, atomic_write, check_dir, check_range, exit_on_bad_input, make_dir,
+                          parallel_map)
+from voc12.canonical import compare_names
+from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE
+from voc12.make_lists import read_names, stems
+
+NUM_CLASSES = len(CAT_LIST)        # SBD has VOC's classes, in VOC's order
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        description='Writes the masks of the augmented training set as PNG, from SBD and, where they exist, from '
+                    'VOC; says whether they are those of the images that SEAM used.')
+    parser.add_argument('--sbd_root', required=True, type=str,
+                        help='folder benchmark_RELEASE of SBD, or the folder dataset in it')
+    parser.add_argument('--voc12_root', default='VOC2012', type=str,
+                        help='folder VOC2012 of the devkit (default: %(default)s)')
+    parser.add_argument('--out', default=None, type=str,
+                        help=f'folder for the masks (default: {AUG_GT_FOLDER} in --voc12_root)')
+    parser.add_argument('--num_workers', default=8, type=int,
+                        help='processes, at most one a core; 0 works in the main one (default: %(default)s)')
+    parser.add_argument('--overwrite', action='store_true',
+                        help='write the masks again that are already in --out; without it they are left as they are')
+    return parser
+
+
+def collect_sources(voc12_root, sbd_root):
+    """Returns (dict image name -> path of its mask, a .png of VOC or a .mat of SBD; set of the names of VOC val).
+    Raises BadInput where masks are missing."""
+    check_dir(sbd_root, '--sbd_root')
+    inner = os.path.join(sbd_root, 'dataset')
+    dataset = inner if os.path.isdir(inner) else sbd_root
+    split_dir = os.path.join(voc12_root, 'ImageSets', 'Segmentation')
+    check_dir(split_dir, '--voc12_root')
+    gt_dir, cls_dir = os.path.join(voc12_root, GT_FOLDER), os.path.join(dataset, 'cls')
+
+    val = read_names(os.path.join(split_dir, 'val.txt'), '--voc12_root')
+    voc = read_names(os.path.join(split_dir, 'train.txt'), '--voc12_root') | val
+    sbd = set().union(*(read_names(os.path.join(dataset, key + '.txt'), '--sbd_root') for key in ('train', 'val')))
+    official = stems(gt_dir, '.png', '--voc12_root')
+    missing = sorted((voc | sbd - stems(cls_dir, '.mat', '--sbd_root')) - official)
+    if missing:
+        raise BadInput(f'{len(missing)} of the listed masks are missing, the first of image {missing[0]}: those of VOC '
+                       f'belong in {gt_dir} (--voc12_root), those of SBD in {cls_dir} (--sbd_root)')
+    return {name: os.path.join(gt_dir, name + '.png') if name in official else os.path.join(cls_dir, name + '.mat')
+            for name in sorted(voc | sbd)}, val
+
+
+def read_sbd_mask(path):
+    """(H, W) label map, of the integer type in the file (uint8 in the release), of one of SBD's cls/NAME.mat.
+
+    The file is of MATLAB's version 5, with a struct GTcls and its field Segmentation: 0 background, 1..20.
+    Raises BadInput for every other content.
+    """
+    try:
+        struct = np.asarray(loadmat(path, appendmat=False, variable_names=['GTcls']).get('GTcls'))      # (1, 1)
+    except Exception as error:      # bytes that are no such file raise whatever they lead to, zlib.error to IndexError
+        raise BadInput(f'cannot read {path} (--sbd_root) as a MATLAB 5 file: {" ".join(str(error).split())}') from error
+    if struct.size != 1 or 'Segmentation' not in (struct.dtype.names or ()):
+        raise BadInput(f'{path} (--sbd_root) is no mask of SBD: it has no struct GTcls with a field Segmentation')
+    labels = np.asarray(struct['Segmentation'].item())
+    if labels.ndim != 2 or labels.dtype.kind not in 'ui':
+        raise BadInput(f'{path} (--sbd_root): GTcls.Segmentation is {labels.dtype} of shape {labels.shape}, '
+                       'not integers of shape (height, width)')
+    return labels
+
+
+def write_mask(source, out):
+    """Writes the mask `source`, a .png of VOC or a .mat of SBD, as .png into the folder `out`. VOC's is copied byte
+    for byte. Returns the extension of the source. Raises BadInput, also for values that are no class."""
+    name, extension = os.path.splitext(os.path.basename(source))
+    flag = '--sbd_root' if extension == '.mat' else '--voc12_root'
+    labels = read_sbd_mask(source) if extension == '.mat' else read_label_map(source, flag)
+    wrong = np.setdiff1d(labels, [*range(NUM_CLASSES + 1), IGNORE])
+    if wrong.size:
+        raise BadInput(f'{source} ({flag}) contains {wrong[0]}; class indices are 0..{NUM_CLASSES} and {IGNORE}')
+    path = os.path.join(out, name + '.png')
+    if extension == '.mat':
+        save_label_map(path, labels)
+    else:
+        with open(source, 'rb') as official, atomic_write(path) as file:
+            shutil.copyfileobj(official, file)
+    return extension
+
+
+def main(args):
+    check_range(args, 0, 256, 'num_workers')
+    check_dir(args.voc12_root, '--voc12_root')
+    sources, val = collect_sources(args.voc12_root, args.sbd_root)
+    out = args.out or os.path.join(args.voc12_root, AUG_GT_FOLDER)
+    if os.path.realpath(out) == os.path.realpath(os.path.join(args.voc12_root, GT_FOLDER)):
+        raise BadInput(f'{out} (--out) is the folder of the official masks: SBD\'s would mix with them')
+    make_dir(out, '--out')
+
+    # a mask gets its name when it is complete, so one that is there needs no check
+    there = set() if args.overwrite else stems(out, '.png', '--out')
+    todo = [path for name, path in sources.items() if name not in there]
+    written = collections.Counter(parallel_map(functools.partial(write_mask, out=out), todo, args.num_workers, 'masks'))
+    print(f'{out}: {written[".mat"]} masks converted from SBD, {written[".png"]} copied from VOC, '
+          f'{len(sources) - len(todo)} already there')
+    train_aug = stems(out, '.png', '--out') - val           # as make_lists.py --seg_aug will find it
+    print(f'the masks in it without those of VOC val: {len(train_aug)} names, {compare_names(train_aug, "train_aug")}')
+
+
+if __name__ == '__main__':
+    with exit_on_bad_input():
+        main(get_args_parser().parse_args())
