@@ -1,6 +1,9 @@
 """Step 1: trains ResNet38 with SEAM on image-level labels. See the README."""
 import argparse
+import functools
 import itertools
+import math
+import sys
 
 import numpy as np
 import torch
@@ -12,14 +15,17 @@ from tqdm import tqdm
 from network.resnet38_SEAM import suppress_weaker_classes
 from network.resnet38d import load_weights
 from tool import imutils, visualization
+from tool.metrics import ClassificationMeter
 from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_file, check_range, exit_on_bad_input,
-                          import_network, progress_line)
-from tool.torchutils import PolyOptimizer, calibrate_batch_norm, get_device, parallel, save_weights, set_seed
+                          import_network)
+from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
+                             describe_run, get_device, get_rank, parallel, report_progress, resume, save_checkpoint,
+                             save_weights, set_seed, use_deterministic)
+from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
-from voc12.lists import NUM_CLASSES
+from voc12.lists import load_class_names
 
-
-VIEW_SCALE = 0.3        # size of the second view
+TRANSFORMS = ('rescale', 'flip', 'rotation', 'translation')
 
 
 # ----- the objective -----
@@ -46,13 +52,29 @@ def adaptive_min_pooling_loss(cam):
     return F.relu(strongest.topk(k, dim=1, largest=False).values).sum() / (k * n)
 
 
-def normalize_views(cam1, cam_rv1, cam2, cam_rv2, label, scale_factor):
-    """The four maps that ER and ECR compare, all (N, 1+C, h, w): normalised, the first view's brought to the
-    second's size, absent classes 0. label: (N, 1+C, 1, 1) with a 1 for the background."""
-    def shrink(cam):
-        return F.interpolate(cam, scale_factor=scale_factor, mode='bilinear', align_corners=True)
-    return (shrink(max_norm(cam1)) * label, shrink(max_norm(cam_rv1)) * label,
-            max_norm(cam2) * label, max_norm(cam_rv2) * label)
+def second_view(x, scale_factor=0.3, mirror=False, theta=None):
+    """The second view of images or of maps (N, K, H, W), alike: rotated and moved, mirrored, rescaled.
+
+    theta: (N, 2, 3) affine maps in grid coordinates, or None. What they bring in from outside is 0.
+    Returns (N, K, floor(scale_factor H), floor(scale_factor W)).
+    """
+    if theta is not None:
+        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=True), align_corners=True)
+    if mirror:
+        x = x.flip(-1)
+    if scale_factor != 1:
+        x = F.interpolate(x, scale_factor=scale_factor, mode='bilinear', align_corners=True)
+    return x
+
+
+def draw_theta(n, h, w, max_rotation, max_translation):
+    """Random rotations around the centre (uniform within +-max_rotation degrees) and shifts (uniform within
+    +-max_translation pixels, per axis) of n images of h x w: (N, 2, 3) for `second_view`."""
+    angle = (2 * torch.rand(n) - 1) * math.radians(max_rotation)
+    shift = (2 * torch.rand(n, 2) - 1) * max_translation * 2 / torch.tensor([w - 1, h - 1])     # grid: -1..1
+    cos, sin, aspect = angle.cos(), angle.sin(), (h - 1) / (w - 1)
+    return torch.stack([torch.stack([cos, -sin * aspect, shift[:, 0]], dim=1),
+                        torch.stack([sin / aspect, cos, shift[:, 1]], dim=1)], dim=1)
 
 
 def pseudo_label(cam):
@@ -63,37 +85,71 @@ def pseudo_label(cam):
     return suppress_weaker_classes(torch.cat([background, cam[:, 1:]], dim=1))
 
 
-def hard_example_mean(difference, topk_ratio):
-    """Mean of the largest share `topk_ratio` of the values of each image of (N, K, h, w)."""
-    flat = difference.flatten(1)
-    return flat.topk(int(flat.shape[1] * topk_ratio), dim=1).values.mean()
+def hard_example_mean(difference, topk_ratio, inside=None):
+    """Mean of the largest share `topk_ratio` of the values of each image of (N, K, h, w), then over the images.
+    inside: bool (N, 1, h, w), the pixels that count; None for all."""
+    if inside is None:
+        values = difference.flatten(1)                                      # (N, Khw)
+    else:
+        values = [image[mask.expand_as(image)] for image, mask in zip(difference, inside)]
+    if topk_ratio < 1:
+        values = [image.topk(int(len(image) * topk_ratio)).values for image in values]
+    return torch.stack([image.mean() for image in values]).mean()
 
 
-def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, scale_factor=VIEW_SCALE, topk_ratio=0.2):
+def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None, topk_ratio=0.2,
+              er_weight=1., ecr_weight=1., rvmin_weight=1.):
     """The SEAM objective (paper eq. 8-12; published implementation where they differ). Writes into no argument.
 
-    cam1, cam_rv1: raw network outputs (N, 1+C, H, W) of the images. cam2, cam_rv2: of the images scaled by
-    scale_factor, (N, 1+C, floor(scale_factor H), floor(scale_factor W)). label: (N, C) multi-hot.
+    cam1, cam_rv1: raw network outputs (N, 1+C, H, W) of the images. cam2, cam_rv2: of the second view of the images,
+    (N, 1+C, h, w). label: (N, C) multi-hot. view: the function that made the second view, `second_view` with its
+    arguments bound. inside: bool (N, 1, h, w), the pixels of it that ER and ECR count; None for all.
     Returns a dict of scalars: loss_cls1, loss_cls2, loss_rvmin1, loss_rvmin2, loss_er, loss_ecr1, loss_ecr2,
-    and loss_cls (both means of pairs summed), loss_ecr (sum), loss (sum of loss_cls, loss_er, loss_ecr).
+    and loss_cls (both means of pairs summed), loss_ecr (sum), loss (sum of loss_cls, loss_er, loss_ecr). The
+    weights act in the sums: a weight of 0 takes a term out, and the term itself stays readable.
     """
     label21 = F.pad(label, (1, 0), value=1.)[:, :, None, None]              # (N, 1+C, 1, 1), background present
-    norm1, norm_rv1, norm2, norm_rv2 = normalize_views(cam1, cam_rv1, cam2, cam_rv2, label21, scale_factor)
+    # the maps that are compared, (N, 1+C, h, w): normalised, in the second view, absent classes 0
+    norm1, norm_rv1 = view(max_norm(cam1)) * label21, view(max_norm(cam_rv1)) * label21
+    norm2, norm_rv2 = max_norm(cam2) * label21, max_norm(cam_rv2) * label21
     terms = {
         'loss_cls1': classification_loss(cam1, label),
         'loss_cls2': classification_loss(cam2, label),
         'loss_rvmin1': adaptive_min_pooling_loss((cam_rv1 * label21)[:, 1:]),
         'loss_rvmin2': adaptive_min_pooling_loss((cam_rv2 * label21)[:, 1:]),
         # over all classes: absent ones count in the mean with 0
-        'loss_er': (norm1[:, 1:] - norm2[:, 1:]).abs().mean(),
+        'loss_er': hard_example_mean((norm1[:, 1:] - norm2[:, 1:]).abs(), 1, inside),
         # crossed: each refined map learns from the other view
-        'loss_ecr1': hard_example_mean((pseudo_label(norm2) - norm_rv1).abs(), topk_ratio),
-        'loss_ecr2': hard_example_mean((pseudo_label(norm1) - norm_rv2).abs(), topk_ratio),
+        'loss_ecr1': hard_example_mean((pseudo_label(norm2) - norm_rv1).abs(), topk_ratio, inside),
+        'loss_ecr2': hard_example_mean((pseudo_label(norm1) - norm_rv2).abs(), topk_ratio, inside),
     }
-    terms['loss_cls'] = (terms['loss_cls1'] + terms['loss_cls2'] + terms['loss_rvmin1'] + terms['loss_rvmin2']) / 2
+    terms['loss_cls'] = (terms['loss_cls1'] + terms['loss_cls2']
+                         + rvmin_weight * (terms['loss_rvmin1'] + terms['loss_rvmin2'])) / 2
     terms['loss_ecr'] = terms['loss_ecr1'] + terms['loss_ecr2']
-    terms['loss'] = terms['loss_cls'] + terms['loss_er'] + terms['loss_ecr']
+    terms['loss'] = terms['loss_cls'] + er_weight * terms['loss_er'] + ecr_weight * terms['loss_ecr']
     return terms
+
+
+def forward_losses(model, img, label, args):
+    """One or two views of images (N, 3, H, W) through the network. Returns (terms, cam (N, 1+C, H, W), cam_rv)."""
+    def forward(img):
+        with autocast(img.device, args.amp):
+            return [cam.float() for cam in model(img)]
+
+    cam1, cam_rv1 = forward(img)
+    if args.classifier_only:
+        return {'loss': classification_loss(cam1, label)}, cam1, cam_rv1
+    view, inside = functools.partial(second_view, scale_factor=args.scale_factor if 'rescale' in args.transform else 1,
+                                     mirror='flip' in args.transform), None
+    if {'rotation', 'translation'} & set(args.transform):
+        theta = draw_theta(len(img), *img.shape[2:], args.max_rotation * ('rotation' in args.transform),
+                           args.max_translation * ('translation' in args.transform)).to(img.device)
+        view = functools.partial(view, theta=theta)
+        inside = view(torch.ones_like(img[:, :1])) > 0.999
+    cam2, cam_rv2 = forward(view(img))
+    terms = seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view, inside, args.topk_ratio,
+                      args.er_weight, args.ecr_weight, args.rvmin_weight)
+    return terms, cam1, cam_rv1
 
 
 # ----- the script -----
@@ -106,6 +162,7 @@ def get_args_parser():
     parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
     parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
                         help='image-level labels; where the file is missing, the XML annotations are read')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     parser.add_argument('--resize_long', default=[448, 768], type=int, nargs=2, metavar=('MIN', 'MAX'),
                         help='range of the random long side, in pixels')
     parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
@@ -113,45 +170,103 @@ def get_args_parser():
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
     parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
-    # objective
+    parser.add_argument('--reset_head', action='store_true',
+                        help='start with a new classifier layer, where --weights were trained on other classes')
+    # objective; the defaults are the paper's, table 1 takes the parts out one by one
     parser.add_argument('--classifier_only', action='store_true',
                         help='classification loss on one view, no SEAM: the CAM baseline of table 1')
+    parser.add_argument('--er_weight', default=1.0, type=float, help='of the equivariance loss; 0 takes it out')
+    parser.add_argument('--ecr_weight', default=1.0, type=float, help='of the cross regularisation; 0 takes it out')
+    parser.add_argument('--rvmin_weight', default=1.0, type=float,
+                        help='of the term that keeps the refined maps low somewhere in the image; 0 takes it out')
+    parser.add_argument('--topk_ratio', default=0.2, type=float,
+                        help='share of the values, the hardest, that ECR counts; 1: no hard-example mining (table 1)')
+    parser.add_argument('--pcm', default='on', choices=['on', 'off'],
+                        help='off: the refined map is the plain CAM (table 1)')
+    parser.add_argument('--transform', default=['rescale'], nargs='+', choices=TRANSFORMS,
+                        help='what makes the second view, and its CAMs are to follow (the transform table)')
+    parser.add_argument('--scale_factor', default=0.3, type=float, help='of the second view, with --transform rescale')
+    parser.add_argument('--max_rotation', default=20.0, type=float, help='degrees, with --transform rotation')
+    parser.add_argument('--max_translation', default=15.0, type=float, help='pixels, with --transform translation')
     parser.add_argument('--train_bn', action='store_true',
                         help='train batch norm and the early layers too, to pretrain from random weights')
     parser.add_argument('--dropout', default=1.0, type=float,
                         help='factor on the dropout rates; 0 learns faster from random weights')
     # optimisation
     parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
+    parser.add_argument('--accum', default=1, type=int,
+                        help='parts that a batch goes through the network in, for less memory at the same gradient')
     parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
     parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
     parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
     parser.add_argument('--momentum', type=float,
                         help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    # the machine
     parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
     parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network, float32 losses: less memory and time on a GPU')
+    parser.add_argument('--checkpointing', action='store_true',
+                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
     # outputs
     parser.add_argument('--session_name', default='resnet38_SEAM',
-                        help='writes <session_name>.pth and .log; folders are created')
+                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
+    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
+                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
+    parser.add_argument('--save_every', default=1000, type=int,
+                        help='steps between checkpoints, which are also written after every epoch')
     parser.add_argument('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
     return parser
 
 
-def main(args):
-    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'resize_long')
+def check_args(args):
+    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'resize_long', 'accum', 'save_every')
     check_range(args, 0, 256, 'num_workers')
-    check_range(args, 0, 100, 'lr', 'wt_dec')
+    check_range(args, 0, 100, 'lr', 'wt_dec', 'er_weight', 'ecr_weight', 'rvmin_weight')
     check_range(args, 16, 10 ** 5, 'crop_size')
     check_range(args, 0, 1, 'dropout')
+    check_range(args, 0.001, 1, 'topk_ratio')
+    check_range(args, 0.05, 4, 'scale_factor')
+    check_range(args, 0, 180, 'max_rotation')
+    check_range(args, 0, args.crop_size / 2, 'max_translation')
+    check_range(args, 0, 2 ** 63, 'seed')
     if args.resize_long[0] > args.resize_long[1]:
         raise BadInput(f'--resize_long {args.resize_long}: the smaller value comes first')
+    if args.batch_size % (args.accum * get_rank()[1]):
+        raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
+                       f' on each of {get_rank()[1]} ranks')
     if args.weights:
         check_file(args.weights, '--weights')
+
+
+def report(log, timer, optimizer, args, epoch_steps, means, quality):
+    """Logs the means of the last steps, and what they say is going wrong. quality: (mAP, mAP of chance), percent."""
+    means['mAP'], chance = quality
+    report_progress(log, timer, optimizer, args, epoch_steps, means)
+    if optimizer.global_step < optimizer.max_step / 4:
+        return
+    if means['mAP'] < chance + (100 - chance) / 4:
+        log.warn_once('mAP', f'the mean average precision on the training crops is {means["mAP"]:.1f} (chance: '
+                             f'{chance:.1f}): the classifier knows too little for its CAMs to mean anything; '
+                             'pretrained --weights, more steps or a lower --lr may help')
+    if means.get('loss_er', 1) < 5e-4 and means['loss_ecr'] > .1:
+        log.warn_once('ER', f'ER has collapsed to {means["loss_er"]:.6f} while ECR stays at {means["loss_ecr"]:.3f}: '
+                            'the CAMs are flat, as happens without pretrained --weights; train the classifier first')
+
+
+def main(args):
+    check_args(args)
+    class_names = load_class_names(args.class_names)
     set_seed(args.seed)
-    device = get_device(args.device)
+    device = get_device(args.device, args.tf32)
+    if args.deterministic:
+        use_deterministic()
 
     # ----- data -----
     dataset = VOC12ClsDataset(args.train_list, voc12_root=args.voc12_root, cls_labels=args.cls_labels,
-                              transform=transforms.Compose([
+                              class_names=class_names, transform=transforms.Compose([
                                   imutils.RandomResizeLong(*args.resize_long),
                                   transforms.RandomHorizontalFlip(),
                                   transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
@@ -162,14 +277,13 @@ def main(args):
                                   torch.from_numpy]))
     if len(dataset) < args.batch_size:
         raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
-    loader = DataLoader(dataset, batch_size=args.batch_size, shuffle=True, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda', drop_last=True,
-                        persistent_workers=args.num_workers > 0)
-    max_step = len(dataset) // args.batch_size * args.max_epoches
+    epoch_steps = len(dataset) // args.batch_size
+    max_step = epoch_steps * args.max_epoches
 
     # ----- network and optimizer -----
-    net = import_network(args.network, 'PCM').Net(num_classes=NUM_CLASSES)
-    net.train_bn = args.train_bn
+    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names))
+    net.train_bn, net.checkpointing = args.train_bn, args.checkpointing
+    net.pcm = args.pcm == 'on' and not args.classifier_only
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout2d):
             module.p *= args.dropout
@@ -180,12 +294,22 @@ def main(args):
         {'params': groups[2], 'lr': 10 * args.lr, 'weight_decay': args.wt_dec},
         {'params': groups[3], 'lr': 20 * args.lr, 'weight_decay': 0},
     ], lr=args.lr, weight_decay=args.wt_dec, max_step=max_step, momentum=args.momentum)
-    if args.weights:
-        load_weights(net, args.weights, new_heads=net.new_heads)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    if args.weights and not args.resume:
+        load_weights(net, args.weights, new_heads=net.new_heads, reset=net.classifier if args.reset_head else ())
     net.to(device)
-    log = Logger(args.session_name + '.log')
-    log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
-    if not args.weights:
+    last = args.session_name + '_last.pth'
+    if args.resume:
+        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args)
+
+    log = Logger(args.session_name, append=args.resume, quiet=get_rank()[0] > 0)
+    for line in describe_run(args, device):
+        log(line)
+    log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
+    batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
+    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
+                        pin_memory=device.type == 'cuda')
+    if not args.weights and not args.resume:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
             '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))
@@ -193,38 +317,48 @@ def main(args):
 
     # ----- training -----
     writer = visualization.open_writer(args.tblog_dir, log)
-    meter, timer = AverageMeter(), Timer()
-    try:
-        for _ in range(args.max_epoches):
-            for _, img, label in tqdm(loader, desc='train', dynamic_ncols=True):
-                img, label = img.to(device), label.to(device)
-                cam1, cam_rv1 = model(img)
-                if args.classifier_only:
-                    terms = {'loss': classification_loss(cam1, label)}
-                else:
-                    img2 = F.interpolate(img, scale_factor=VIEW_SCALE, mode='bilinear', align_corners=True)
-                    cam2, cam_rv2 = model(img2)
-                    terms = seam_loss(cam1, cam_rv1, cam2, cam_rv2, label)
-                optimizer.zero_grad()
-                terms['loss'].backward()
-                optimizer.step()
+    meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
 
-                meter.add({key: value.detach() for key, value in terms.items()})
-                if (optimizer.global_step - 1) % 50 == 0:
-                    means = meter.pop()
-                    shown = [means[key] for key in ('loss', 'loss_cls', 'loss_er', 'loss_ecr') if key in means]
-                    log(progress_line(optimizer, timer, args.batch_size, shown))
+    def save():
+        meter.check()       # a ruined network does not replace a good one
+        if get_rank()[0] == 0:
+            save_checkpoint(last, net, optimizer, scaler, args)
+
+    try:
+        with StopOnSignal() as stop:
+            for names, img, label in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0):
+                step = optimizer.global_step
+                set_seed(args.seed, step, get_rank()[0])
+                img, label = img.to(device, non_blocking=True), label.to(device, non_blocking=True)
+                optimizer.zero_grad()
+                for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
+                    terms, cam, cam_rv = forward_losses(model, img_part, label_part, args)
+                    scaler.scale(terms['loss'] / args.accum).backward()
+                    meter.add({name: term.detach() for name, term in terms.items()}, step, names)
+                    quality.add(cam.detach()[:, 1:].mean(dim=(2, 3)), label_part)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
+
+                if step % 50 == 0:
+                    report(log, timer, optimizer, args, epoch_steps, meter.pop(), quality.pop())
                     if writer:
-                        visualization.write_cams(writer, optimizer.global_step, means, img[0], label[0],
-                                                 cam1[0], cam_rv1[0])
-    except (BadInput, KeyboardInterrupt):
-        save_weights(net, args.session_name + '_stopped.pth')
-        log(f'stopped at step {optimizer.global_step}; the weights so far: {args.session_name}_stopped.pth')
+                        visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
+                stopped = stop.exit_code(device)
+                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % args.save_every == 0:
+                    save()
+                if stopped:
+                    log(f'stopped by a signal after {step + 1} steps; the same command with --resume goes on')
+                    sys.exit(stopped)
+    except BadInput:
+        save()
+        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
         raise
-    save_weights(net, args.session_name + '.pth')
+    if get_rank()[0] == 0:
+        save_weights(net, args.session_name + '.pth')
+        if args.classifier_only:        # what both training scripts take as --weights, in place of ImageNet's
+            save_weights(net, args.session_name + '_backbone.pth', leave_out=net.new_heads)
     log(f'wrote {args.session_name}.pth')
-    if args.classifier_only:        # what both training scripts take as --weights, in place of ImageNet's
-        save_weights(net, args.session_name + '_backbone.pth', leave_out=net.new_heads)
 
 
 if __name__ == '__main__':

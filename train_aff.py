@@ -1,6 +1,7 @@
 """Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
 import itertools
+import sys
 
 import numpy as np
 import torch
@@ -11,25 +12,37 @@ from tqdm import tqdm
 from network.resnet38d import load_weights
 from tool import imutils
 from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_dir, check_file, check_range, exit_on_bad_input,
-                          import_network, progress_line)
-from tool.torchutils import PolyOptimizer, calibrate_batch_norm, get_device, parallel, save_weights, set_seed
+                          import_network)
+from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
+                             describe_run, get_device, get_rank, parallel, report_progress, resume, save_checkpoint,
+                             save_weights, set_seed, sum_over_ranks, use_deterministic)
+from voc12.canonical import describe_list
 from voc12.data import STRIDE, VOC12AffDataset
+from voc12.lists import load_class_names
 
 
 # ----- the objective -----
 
-def affinity_loss(aff, bg_label, fg_label, neg_label):
-    """AffinityNet's loss (Ahn and Kwak 2018, eq. 5-7). All arguments (N, offsets, from): aff in (0, 1], labels 0 or 1.
+def pair_counts(labels):
+    """float32 (3,): how many pairs of background, of foreground, and different. labels: the three (N, offsets, from)."""
+    return torch.stack([label.sum() for label in labels])
+
+
+def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
+    """AffinityNet's loss (Ahn and Kwak 2018, eq. 5-7). All (N, offsets, from): aff in (0, 1], labels 0 or 1.
 
     Returns a dict of scalars: bg_loss, fg_loss, neg_loss, each a mean over the pairs of its kind in the batch
     (0 where there is none), loss = bg_loss/4 + fg_loss/4 + neg_loss/2, and the counts bg_cnt, fg_cnt, neg_cnt.
+    counts: `pair_counts` of the whole batch, where these are a part of it: the losses of the parts then add up.
     """
+    labels = bg_label, fg_label, neg_label
+    counts = pair_counts(labels) if counts is None else counts
     alike = -torch.log(aff + 1e-5)
     different = -torch.log(1 + 1e-5 - aff)
     terms = {}
-    for kind, cost, label in (('bg', alike, bg_label), ('fg', alike, fg_label), ('neg', different, neg_label)):
-        terms[kind + '_cnt'] = label.sum()
-        terms[kind + '_loss'] = (cost * label).sum() / (terms[kind + '_cnt'] + 1e-5)
+    for kind, cost, label, count in zip(('bg', 'fg', 'neg'), (alike, alike, different), labels, counts):
+        terms[kind + '_cnt'] = count
+        terms[kind + '_loss'] = (cost * label).sum() / (count + 1e-5)
     terms['loss'] = terms['bg_loss'] / 4 + terms['fg_loss'] / 4 + terms['neg_loss'] / 2
     return terms
 
@@ -44,6 +57,7 @@ def get_args_parser():
     parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
     parser.add_argument('--la_crf_dir', required=True, help='CRF scores of the low alpha: <out_crf>_4.0')
     parser.add_argument('--ha_crf_dir', required=True, help='CRF scores of the high alpha: <out_crf>_24.0')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
@@ -51,37 +65,61 @@ def get_args_parser():
     parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
     # optimisation
     parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
+    parser.add_argument('--accum', default=1, type=int,
+                        help='parts that a batch goes through the network in, for less memory at the same gradient')
     parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
     parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
     parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
     parser.add_argument('--momentum', type=float,
                         help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    # the machine
     parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
     parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network, float32 losses: less memory and time on a GPU')
+    parser.add_argument('--checkpointing', action='store_true',
+                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
     # outputs
     parser.add_argument('--session_name', default='resnet38_aff',
-                        help='writes <session_name>.pth and .log; folders are created')
+                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
+    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
+                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
+    parser.add_argument('--save_every', default=1000, type=int,
+                        help='steps between checkpoints, which are also written after every epoch')
     return parser
 
 
-def main(args):
+def check_args(args):
     if args.crop_size % STRIDE or args.crop_size < 5 * STRIDE:      # on 4 x 4 cells no two form a pair
         raise BadInput(f'--crop_size {args.crop_size}: a multiple of {STRIDE} from {5 * STRIDE} on is needed')
     check_dir(args.la_crf_dir, '--la_crf_dir')
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
-    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches')
+    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'accum', 'save_every')
     check_range(args, 0, 256, 'num_workers')
     check_range(args, 0, 100, 'lr', 'wt_dec')
+    check_range(args, 0, 2 ** 63, 'seed')
+    if args.batch_size % (args.accum * get_rank()[1]):
+        raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
+                       f' on each of {get_rank()[1]} ranks')
     if args.weights:
         check_file(args.weights, '--weights')
+
+
+def main(args):
+    check_args(args)
+    class_names = load_class_names(args.class_names)
     set_seed(args.seed)
-    device = get_device(args.device)
+    device = get_device(args.device, args.tf32)
+    if args.deterministic:
+        use_deterministic()
 
     # ----- data -----
     net = import_network(args.network, 'radius').Net()
     dataset = VOC12AffDataset(
         args.train_list, label_la_dir=args.la_crf_dir, label_ha_dir=args.ha_crf_dir,
-        cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius,
+        cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius, num_classes=len(class_names),
         # the crop comes before the normalisation: what lies outside the image is black, not the mean colour
         joint_transform_list=[None, None, imutils.RandomCrop(args.crop_size), imutils.RandomHorizontalFlip()],
         img_transform_list=[transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
@@ -89,12 +127,11 @@ def main(args):
         label_transform_list=[None, None, None, imutils.AvgPool2d(STRIDE)])
     if len(dataset) < args.batch_size:
         raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
-    loader = DataLoader(dataset, batch_size=args.batch_size, shuffle=True, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda', drop_last=True,
-                        persistent_workers=args.num_workers > 0)
-    max_step = len(dataset) // args.batch_size * args.max_epoches
+    epoch_steps = len(dataset) // args.batch_size
+    max_step = epoch_steps * args.max_epoches
 
     # ----- network and optimizer -----
+    net.checkpointing = args.checkpointing
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},
@@ -102,38 +139,69 @@ def main(args):
         {'params': groups[2], 'lr': 10 * args.lr, 'weight_decay': args.wt_dec},
         {'params': groups[3], 'lr': 20 * args.lr, 'weight_decay': 0},
     ], lr=args.lr, weight_decay=args.wt_dec, max_step=max_step, momentum=args.momentum)
-    if args.weights:
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads)
     net.to(device)
-    log = Logger(args.session_name + '.log')
-    log(' '.join(f'{key}={value}' for key, value in vars(args).items()))
-    if not args.weights:
+    last = args.session_name + '_last.pth'
+    if args.resume:
+        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args)
+
+    log = Logger(args.session_name, append=args.resume, quiet=get_rank()[0] > 0)
+    for line in describe_run(args, device):
+        log(line)
+    log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
+    batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
+    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
+                        pin_memory=device.type == 'cuda')
+    if not args.weights and not args.resume:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
-        calibrate_batch_norm(net, (img.to(device) for img, _ in itertools.islice(loader, 10)))
+        calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))
     model = parallel(net.train(), device)
 
     # ----- training -----
-    meter, timer = AverageMeter(), Timer()
-    try:
-        for _ in range(args.max_epoches):
-            for img, (bg_label, fg_label, neg_label) in tqdm(loader, desc='train', dynamic_ncols=True):
-                aff = model(img.to(device))
-                terms = affinity_loss(aff, bg_label.to(device), fg_label.to(device), neg_label.to(device))
-                optimizer.zero_grad()
-                terms['loss'].backward()
-                optimizer.step()
+    meter, timer = AverageMeter(), Timer(optimizer.global_step)
 
-                meter.add({key: value.detach() for key, value in terms.items()})
-                if (optimizer.global_step - 1) % 50 == 0:
+    def save():
+        meter.check()       # a ruined network does not replace a good one
+        if get_rank()[0] == 0:
+            save_checkpoint(last, net, optimizer, scaler, args)
+
+    try:
+        with StopOnSignal() as stop:
+            for names, img, labels in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0):
+                step = optimizer.global_step
+                set_seed(args.seed, step, get_rank()[0])
+                img, *labels = (tensor.to(device, non_blocking=True) for tensor in (img, *labels))
+                counts = sum_over_ranks(pair_counts(labels))
+                optimizer.zero_grad()
+                for img_part, *label_parts in zip(*(tensor.chunk(args.accum) for tensor in (img, *labels))):
+                    with autocast(device, args.amp):
+                        aff = model(img_part)
+                    terms = affinity_loss(aff.float(), *label_parts, counts)
+                    # DistributedDataParallel takes the mean over the ranks, here the parts add up
+                    scaler.scale(terms['loss'] * get_rank()[1]).backward()
+                    meter.add({name: term.detach() for name, term in terms.items()}, step, names)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
+
+                if step % 50 == 0:
                     means = meter.pop()
-                    log(progress_line(optimizer, timer, args.batch_size,
-                                      [means[key] for key in ('loss', 'bg_loss', 'fg_loss', 'neg_loss')],
-                                      [means[key] for key in ('bg_cnt', 'fg_cnt', 'neg_cnt')]))
-    except (BadInput, KeyboardInterrupt):
-        save_weights(net, args.session_name + '_stopped.pth')
-        log(f'stopped at step {optimizer.global_step}; the weights so far: {args.session_name}_stopped.pth')
+                    report_progress(log, timer, optimizer, args, epoch_steps, means,
+                                    [means[name] for name in ('bg_cnt', 'fg_cnt', 'neg_cnt')])
+                stopped = stop.exit_code(device)
+                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % args.save_every == 0:
+                    save()
+                if stopped:
+                    log(f'stopped by a signal after {step + 1} steps; the same command with --resume goes on')
+                    sys.exit(stopped)
+    except BadInput:
+        save()
+        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
         raise
-    save_weights(net, args.session_name + '.pth')
+    if get_rank()[0] == 0:
+        save_weights(net, args.session_name + '.pth')
     log(f'wrote {args.session_name}.pth')
 
 

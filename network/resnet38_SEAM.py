@@ -5,6 +5,9 @@ from torch import nn
 
 from network import resnet38d
 
+NUM_CLASSES = 20        # of VOC
+PCM_BYTES = 2 ** 26     # what PCM's affinities may take at a time where no gradient is wanted
+
 
 def suppress_weaker_classes(cam):
     """cam: (N, 1+C, h, w), channel 0 background. Sets every foreground value below the pixel's foreground
@@ -28,10 +31,12 @@ def normalize_cam_for_pcm(cam):
 
 
 class Net(resnet38d.Net):
-    """SEAM: `num_classes` foreground classes; channel 0 of every output is the background."""
-    new_heads = ('fc8.weight', 'f8_3.weight', 'f8_4.weight', 'f9.weight')
+    """SEAM: `num_classes` foreground classes; channel 0 of every output is the background. Without `pcm` the
+    refined map is the raw one, and f8_3, f8_4 and f9 are idle."""
+    classifier = ('fc8.weight',)
+    new_heads = (*classifier, 'f8_3.weight', 'f8_4.weight', 'f9.weight')
 
-    def __init__(self, num_classes=20, width=64):
+    def __init__(self, num_classes=NUM_CLASSES, width=64):
         super().__init__(width)
         self.dropout7 = nn.Dropout2d(0.5)
         self.fc8 = nn.Conv2d(64 * width, 1 + num_classes, 1, bias=False)
@@ -43,6 +48,15 @@ class Net(resnet38d.Net):
         nn.init.kaiming_normal_(self.f8_4.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)
         self.not_training = [self.conv1a, self.b2, self.b2_1, self.b2_2]
+        self.pcm = True
+
+    def train(self, mode=True):
+        """As `resnet38d.Net.train`; without PCM its layers are frozen too. Returns self."""
+        super().train(mode)
+        if not self.pcm:
+            for layer in (self.f8_3, self.f8_4, self.f9):
+                layer.requires_grad_(False)
+        return self
 
     def forward(self, x):
         """x: normalised images (N, 3, H, W). Returns (cam, cam_rv), both (N, 1+C, H, W).
@@ -51,14 +65,18 @@ class Net(resnet38d.Net):
         it gives gradient to f8_3, f8_4 and f9 alone.
         """
         size = x.shape[2:]
+        return tuple(F.interpolate(cam, size, mode='bilinear', align_corners=True) for cam in self.class_maps(x))
+
+    def class_maps(self, x):
+        """As `forward`, at the size of the feature maps: two (N, 1+C, h, w)."""
         features = self.forward_as_dict(x)
         cam = self.fc8(self.dropout7(features['conv6']))                       # (N, 1+C, h, w)
+        if not self.pcm:
+            return cam, cam
         f = torch.cat([F.interpolate(x, cam.shape[2:], mode='bilinear', align_corners=True),
                        F.relu(self.f8_3(features['conv4'].detach())),
                        F.relu(self.f8_4(features['conv5'].detach()))], dim=1)  # (N, 3 + 3 width, h, w)
-        cam_rv = self.PCM(normalize_cam_for_pcm(cam), f)
-        return (F.interpolate(cam, size, mode='bilinear', align_corners=True),
-                F.interpolate(cam_rv, size, mode='bilinear', align_corners=True))
+        return cam, self.PCM(normalize_cam_for_pcm(cam), f)
 
     def PCM(self, cam, f):
         """Refines cam (N, K, h', w') by the pixels that look alike in f (N, 3 + 3 width, h, w) -> (N, K, h, w).
@@ -69,7 +87,13 @@ class Net(resnet38d.Net):
         cam = F.interpolate(cam, (h, w), mode='bilinear', align_corners=True).flatten(2)   # (N, K, hw)
         f = self.f9(f).flatten(2)                                                          # (N, 3 width, hw)
         f = f / (f.norm(dim=1, keepdim=True) + 1e-5)
-        affinity = (f.transpose(1, 2) @ f).relu_()                                         # (N, hw, hw)
-        # dividing after the product leaves the hw x hw matrix uncopied
-        refined = (cam @ affinity) / (affinity.sum(dim=1, keepdim=True) + 1e-5)
-        return refined.view(n, -1, h, w)
+        # in blocks of columns: without a gradient the hw x hw affinities are never all there
+        block = h * w if torch.is_grad_enabled() else max(PCM_BYTES // (n * h * w * f.element_size()), 1)
+        return torch.cat([weighted_mean(cam, f, columns) for columns in f.split(block, dim=2)], dim=2).view(n, -1, h, w)
+
+
+def weighted_mean(cam, f, columns):
+    """cam: (N, K, hw), f: unit vectors (N, D, hw), columns: some of them, (N, D, b). Returns (N, K, b)."""
+    affinity = (f.transpose(1, 2) @ columns).relu_()                                       # (N, hw, b)
+    # dividing after the product leaves the affinities uncopied
+    return (cam @ affinity) / (affinity.sum(dim=1, keepdim=True) + 1e-5)

@@ -7,9 +7,11 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tool import mxnet_params
 from tool.pyutils import BadInput
+from tool.safe_npy import check_weights, describe
 
 
 class ResBlock(nn.Module):
@@ -68,9 +70,11 @@ class Net(nn.Module):
     """The backbone. `width` is the number of channels after the first convolution: 64 in the paper's network.
 
     Batch norm and the layers in `not_training` stay frozen, whatever mode the network is in, as in the
-    reference; with `train_bn` set (before the optimizer is built) neither is.
+    reference; with `train_bn` set (before the optimizer is built) neither is. With `checkpointing`, training keeps
+    the input of each block alone and computes the rest again in the backward pass: less memory, more time.
     """
     new_heads = ()      # state-dict names that a subclass adds to the backbone, in module order
+    classifier = ()     # those of them whose shape follows from the number of classes
 
     def __init__(self, width=64):
         super().__init__()
@@ -96,6 +100,7 @@ class Net(nn.Module):
         self.bn7 = nn.BatchNorm2d(64 * w)
         self.not_training = [self.conv1a]
         self.train_bn = False
+        self.checkpointing = False
 
     def forward(self, x):
         """x: normalised images (N, 3, H, W). Returns conv6 (N, 64 width, ceil(H/8), ceil(W/8)), >= 0."""
@@ -107,17 +112,22 @@ class Net(nn.Module):
         conv3 (N, 4 width, ceil(H/4), ceil(W/4)); conv4 (N, 8 width, h, w), conv5 (N, 16 width, h, w) and
         conv6 (N, 64 width, h, w) with h = ceil(H/8), w = ceil(W/8).
         """
+        def run(block, x):
+            if self.checkpointing and x.requires_grad:
+                return checkpoint(block, x, use_reentrant=False)
+            return block(x)
+
         x = self.conv1a(x)
         for block in (self.b2, self.b2_1, self.b2_2, self.b3, self.b3_1, self.b3_2):
-            x, _ = block(x)
-        x, conv3 = self.b4(x)
+            x, _ = run(block, x)
+        x, conv3 = run(self.b4, x)
         for block in (self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5):
-            x, _ = block(x)
-        x, conv4 = self.b5(x)
+            x, _ = run(block, x)
+        x, conv4 = run(self.b5, x)
         for block in (self.b5_1, self.b5_2):
-            x, _ = block(x)
-        x, conv5 = self.b6(x)
-        x, _ = self.b7(x)
+            x, _ = run(block, x)
+        x, conv5 = run(self.b6, x)
+        x, _ = run(self.b7, x)
         return {'conv3': conv3, 'conv4': conv4, 'conv5': conv5, 'conv6': F.relu(self.bn7(x))}
 
     def train(self, mode=True):
@@ -192,36 +202,50 @@ def convert_mxnet_to_torch(path):
 
 
 def _read_state_dict(path):
+    """dict name -> tensor of a `.pth` or `.params` file. Nothing in the file is run, see tool/safe_npy.py.
+
+    Refused with BadInput: damaged files, whole networks, checkpoints that hold other things than tensors.
+    """
+    needed = '' if path.endswith('.params') else '; a file of torch.save(net.state_dict(), ...) is needed'
     try:
         if path.endswith('.params'):
             return convert_mxnet_to_torch(path)
+        check_weights(path)
         weights = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:          # a damaged pickle raises whatever it likes
-        reason = str(error).strip().split('\n')[0] or type(error).__name__
-        raise BadInput(f'cannot read the weights {path} (--weights): {reason}') from error
-    if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
-        raise BadInput(f'{path} (--weights) holds no state dict (name -> tensor)')
+    except Exception as error:          # a damaged file raises whatever it likes
+        raise BadInput(f'cannot read the weights {path} (--weights): {describe(error)}{needed}') from error
+    if not isinstance(weights, dict):
+        raise BadInput(f'{path} (--weights) holds a {type(weights).__name__}, no state dict (name -> tensor){needed}')
+    other = [repr(name)[:80] for name, value in weights.items()
+             if not isinstance(name, str) or not name.isprintable() or not isinstance(value, torch.Tensor)]
+    if other:
+        raise BadInput(f'{path} (--weights) holds no state dict (name -> tensor), but also: {_short(other)}{needed}')
     return {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
 
 
-def load_weights(net, path, new_heads=()):
+def load_weights(net, path, new_heads=(), reset=()):
     """Loads a released `.pth` (bare state dict, with or without `module.`) or the ImageNet `.params` into net.
 
     Nothing may be missing, or exactly `new_heads` (what a training script adds to a backbone); nothing may be
-    unexpected or have another shape. `num_batches_tracked` does not count. Prints what was loaded.
+    unexpected or have another shape. Tensors named in `reset` are not taken from the file, but keep their random
+    values. `num_batches_tracked` does not count. Prints what was loaded.
     Raises BadInput (a ValueError), naming the file and the tensors, and leaves net as it was.
     """
     weights = _read_state_dict(path)
     own = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith('num_batches_tracked')}
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith('num_batches_tracked')}
+    weights = {name: tensor for name, tensor in weights.items()
+               if not name.endswith('num_batches_tracked') and name not in reset}
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
-    misshapen = [f'{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}' for name in own
-                 if name in weights and weights[name].shape != own[name].shape]
+    misshapen = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    if misshapen and set(misshapen) <= set(net.classifier):
+        theirs, ours = (len(tensors[misshapen[0]]) - 1 for tensors in (weights, own))
+        raise BadInput(f'{path} (--weights) was trained on {theirs} classes, this run has {ours} (--class_names); '
+                       'train_SEAM.py --reset_head starts with a new classifier layer')
+    shapes = [f'{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}' for name in misshapen]
     problems = [f'{label}: {_short(names)}' for label, names in
-                (('unexpected', unexpected), ('other shape', misshapen)) if names]
-    if missing and set(missing) != set(new_heads):
+                (('unexpected', unexpected), ('other shape', shapes)) if names]
+    if missing and set(missing) not in (set(new_heads), set(reset)):
         problems.insert(0, f'missing: {_short(missing)}')
     if problems:
         raise BadInput(f'{path} (--weights) does not fit {type(net).__module__} (--network): ' + '; '.join(problems))

@@ -1,0 +1,313 @@
+"""Resume, seeds, ranks and parts of batches: all of them end with the weights of the plain run."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train_aff
+import train_SEAM
+from conftest import ROOT
+from network import slim_aff, slim_SEAM
+from tool import metrics, pyutils, torchutils
+from test_scripts import done, refused, run, shell
+
+LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A toy set of 12 training images, weights to start from, and CRF files for AffinityNet."""
+    root = tmp_path_factory.mktemp('training')
+    done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 16, '--size', 64, 64, '--classes', 3))
+    torch.manual_seed(0)
+    for module, name in ((slim_SEAM, 'seam'), (slim_aff, 'aff')):
+        net = module.Net()
+        torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
+        torchutils.save_weights(net, str(root / f'{name}_start.pth'))
+    rng = np.random.default_rng(0)
+    for folder in ('la', 'ha'):
+        (root / folder).mkdir()
+        for name in (root / LIST).read_text().split():
+            from PIL import Image
+            w, h = Image.open(root / f'VOC2012/JPEGImages/{name}.jpg').size
+            scores = np.float32(rng.random((3, h // 16 + 1, w // 16 + 1)) ** 4).repeat(16, 1).repeat(16, 2)[:, :h, :w]
+            np.save(root / folder / f'{name}.npy', dict(enumerate(scores / scores.sum(axis=0))))
+    return root
+
+
+def flags(script, session, *more):
+    start = 'seam' if script == 'train_SEAM' else 'aff'
+    own = ('--resize_long', 48, 64) if start == 'seam' else ('--la_crf_dir', 'la', '--ha_crf_dir', 'ha')
+    return ('--train_list', LIST, '--crop_size', 48, '--batch_size', 4, '--max_epochs', 2, '--num_workers', 0,
+            '--network', f'network.slim_{"SEAM" if start == "seam" else "aff"}', '--weights', f'{start}_start.pth',
+            '--session_name', session, *own, *more)
+
+
+@pytest.fixture(scope='module')
+def plain(data):
+    """The final weights of an undisturbed run of each script."""
+    for script in ('train_SEAM', 'train_aff'):
+        done(run(data, script, *flags(script, f'plain_{script}')))
+    return {script: weights(data / f'plain_{script}.pth') for script in ('train_SEAM', 'train_aff')}
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a, b, start):
+    """How far two results are apart, as a share of the way that training went (Euclidean, all parameters)."""
+    def length(first, second):
+        return torch.cat([(first[name] - second[name]).double().flatten() for name in first]).norm()
+    return (length(a, b) / length(a, start)).item()
+
+
+@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
+def test_run_stopped_by_sigterm_and_resumed_ends_with_the_same_weights(data, plain, script, monkeypatch):
+    """Every step asks for the stop, so each is followed by a save and a resume, with other numbers of workers."""
+    monkeypatch.setattr(torchutils.StopOnSignal, '__enter__', lambda self: setattr(self, 'number', 15) or self)
+    monkeypatch.setattr(torchutils.StopOnSignal, '__exit__', lambda *_: None)
+    session = f'stopped_{script}'
+    for step in range(6):
+        resume = ('--resume', '--num_workers', step % 3) if step else ()
+        result = run(data, script, *flags(script, session, *resume))
+        assert result.returncode == 143 and f'after {step + 1} steps' in result.stdout
+        assert weights(data / f'{session}_last.pth')['step'] == step + 1
+    done(run(data, script, *flags(script, session, '--resume')))
+    assert same(plain[script], weights(data / f'{session}.pth'))
+    log = (data / f'{session}.log').read_text()
+    assert log.count('Iter:    0/    6') == 1 and log.count('torch') == 7
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_step_and_saves(data, number):
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_SEAM.py'),
+                                *map(str, flags('train_SEAM', f'signal{number}', '--max_epochs', 10000))],
+                               cwd=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = data / f'signal{number}.log'
+    while not (log.exists() and 'Iter:' in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and '--resume goes on' in out and 'Traceback' not in err
+    assert weights(data / f'signal{number}_last.pth')['step'] >= 1
+
+
+def test_workers_do_not_change_the_weights(data, plain):
+    done(run(data, 'train_SEAM', *flags('train_SEAM', 'workers', '--num_workers', 2)))
+    assert same(plain['train_SEAM'], weights(data / 'workers.pth'))
+
+
+def test_contradicting_flags_are_named(data, plain):
+    refused(run(data, 'train_SEAM', *flags('train_SEAM', 'plain_train_SEAM', '--resume', '--lr', 0.02)),
+            'plain_train_SEAM_last.pth', '--lr was 0.01')
+
+
+@pytest.mark.parametrize('damage', ['missing', 'cut', 'weights'])
+def test_checkpoint_that_is_none(data, plain, tmp_path, damage):
+    path = tmp_path / 'x_last.pth'
+    if damage == 'cut':
+        path.write_bytes((data / 'plain_train_SEAM_last.pth').read_bytes()[:100000])
+    elif damage == 'weights':
+        path.write_bytes((data / 'plain_train_SEAM.pth').read_bytes())
+    refused(run(data, 'train_SEAM', *flags('train_SEAM', tmp_path / 'x', '--resume')), 'x_last.pth', '--resume')
+
+
+def test_failed_save_keeps_the_checkpoint_before(data, plain, monkeypatch, tmp_path):
+    last = data / 'plain_train_SEAM_last.pth'
+    before = last.read_bytes()
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(pyutils.BadInput, match='No space left'):
+        torchutils.save_weights(slim_aff.Net(), str(last))
+    assert last.read_bytes() == before and not list(data.glob('.plain*'))
+
+
+@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
+def test_parts_of_a_batch_add_up_to_the_batch(data, script):
+    """Dropout draws other masks for parts, so it is off here. A random network amplifies rounding: small steps."""
+    start = weights(data / ('seam_start.pth' if script == 'train_SEAM' else 'aff_start.pth'))
+    results = []
+    for accum in (1, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
+            done(run(data, script, *flags(script, f'accum{accum}', '--accum', accum, '--lr', 1e-3)))
+        results.append(weights(data / f'accum{accum}.pth'))
+    assert distance(*results, start) < 1e-4
+
+
+@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
+def test_two_ranks_equal_one(data, script, tmp_path):
+    """Gloo on the CPU through torchrun, dropout off, several steps."""
+    results = []
+    (tmp_path / 'still.py').write_text(
+        'import runpy, sys, torch\n'
+        'torch.nn.Dropout2d.forward = lambda self, x: x\n'
+        f'sys.path.insert(0, {ROOT!r})\n'
+        'sys.argv = sys.argv[1:]\n'
+        'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+    for ranks in (1, 2):
+        result = subprocess.run(
+            [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}',
+             tmp_path / 'still.py', os.path.join(ROOT, script + '.py'),
+             *map(str, flags(script, f'ranks{ranks}', '--lr', 1e-3))],
+            cwd=data, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert result.stdout.count('Iter:    0/    6') == 1         # rank 0 alone prints
+        results.append(weights(data / f'ranks{ranks}.pth'))
+    start = weights(data / ('seam_start.pth' if script == 'train_SEAM' else 'aff_start.pth'))
+    assert distance(*results, start) < 1e-4
+
+
+def test_batch_that_does_not_divide(data):
+    refused(run(data, 'train_SEAM', *flags('train_SEAM', 'odd', '--accum', 3)), '--batch_size 4', '--accum 3')
+
+
+def test_batches_are_permutations_shared_by_the_ranks(monkeypatch):
+    def batches(start=0):
+        return list(torchutils.StepBatches(10, 4, start, 6, seed=3))
+    whole = batches()
+    for epoch in range(3):
+        seen = [index for batch in whole[2 * epoch:2 * epoch + 2] for index in batch]
+        assert len(set(seen)) == 8 and {e for e, _ in seen} == {epoch}
+    assert whole[0] != whole[2] and batches(3) == whole[3:]
+    parts = []
+    for rank in '01':
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        parts.append(batches())
+    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
+
+
+def test_record_of_every_print_step(data, plain):
+    record, = [json.loads(line) for line in (data / 'plain_train_SEAM.jsonl').read_text().splitlines()]
+    assert record['step'] == 0 and record['epoch'] == 0 and record['lr'] == 0.01 and record['memory_gib'] > 0
+    assert {'loss', 'loss_cls1', 'loss_er', 'loss_ecr2', 'mAP', 'images_per_second'} <= set(record)
+    head = (data / 'plain_train_SEAM.log').read_text().splitlines()
+    assert 'lr=0.01' in head[0] and f'torch {torch.__version__}' in head[1] and 'revision' in head[1]
+    assert re.match(r'Iter: +0/ +6 loss:(\d\.\d{4} ?){4}imps:[\d.]+ Fin:.* lr: 0\.0100 mAP: [\d.]+$', head[-2])
+
+
+def test_loss_that_is_not_finite_names_step_and_images(data):
+    result = run(data, 'train_SEAM', *flags('train_SEAM', 'huge', '--lr', 100, '--momentum', 0.99, '--max_epochs', 30))
+    line = refused(result, 'not finite at step', 'loss_cls', '2007_')
+    assert not (data / 'huge.pth').exists() and '--lr' in line
+
+
+def test_half_precision_and_recomputed_blocks_run(data, plain):
+    for script in ('train_SEAM', 'train_aff'):
+        done(run(data, script, *flags(script, 'half', '--amp', 'bf16', '--max_epochs', 1)))
+    done(run(data, 'train_SEAM', *flags('train_SEAM', 'again', '--checkpointing')))
+    start = weights(data / 'seam_start.pth')
+    assert distance(plain['train_SEAM'], weights(data / 'again.pth'), start) < 1e-5
+
+
+# ----- the switches of the objective -----
+
+def views(n=2, size=32):
+    torch.manual_seed(0)
+    label = torch.tensor([[1., 0, 1], [0, 1, 0]])[:n]
+    return [torch.randn(n, 4, side, side) for side in (size, size, int(size * .3), int(size * .3))], label
+
+
+def test_weights_of_terms_act_in_the_sum():
+    maps, label = views()
+    full = train_SEAM.seam_loss(*maps, label)
+    none = train_SEAM.seam_loss(*maps, label, er_weight=0, ecr_weight=0, rvmin_weight=0)
+    assert none['loss'] == (full['loss_cls1'] + full['loss_cls2']) / 2
+    double = train_SEAM.seam_loss(*maps, label, er_weight=2, ecr_weight=3)
+    expected = full['loss_cls'] + 2 * full['loss_er'] + 3 * full['loss_ecr']
+    assert double['loss'].item() == pytest.approx(expected.item())
+
+
+def test_no_mining_is_the_plain_mean():
+    x = torch.rand(2, 3, 5, 5)
+    assert train_SEAM.hard_example_mean(x, 1).item() == pytest.approx(x.mean().item())
+
+
+def test_rotation_by_90_degrees_turns_the_map():
+    x = torch.rand(1, 2, 9, 9)
+    theta = torch.tensor([[[0., -1, 0], [1, 0, 0]]])
+    turned = train_SEAM.second_view(x, 1, theta=theta)
+    assert torch.allclose(turned, x.rot90(1, (2, 3)), atol=1e-5)
+
+
+def test_drawn_maps_keep_lengths_and_bounds():
+    theta = train_SEAM.draw_theta(500, 40, 60, max_rotation=20, max_translation=15)
+    shift = theta[:, :, 2] * torch.tensor([59., 39]) / 2                    # pixels
+    assert 14 < shift.abs().max() <= 15
+    x, y = theta[:, :, 0] * torch.tensor([59., 39]) / 59, theta[:, :, 1] * torch.tensor([59., 39]) / 39
+    assert torch.allclose(x.norm(dim=1), torch.ones(500), atol=1e-5)
+    assert torch.allclose((x * y).sum(dim=1), torch.zeros(500), atol=1e-5)
+    angle = torch.rad2deg(torch.atan2(x[:, 1], x[:, 0]))
+    assert 18 < angle.abs().max() <= 20
+
+
+def test_what_comes_from_outside_does_not_count():
+    """Moved by half the image: whatever stands in the part that is no image changes no loss."""
+    maps, label = views()
+    theta = torch.tensor([[[1., 0, 1], [0, 1, 0]]]).expand(2, 2, 3)
+    view = lambda x: train_SEAM.second_view(x, 1, theta=theta)
+    cam1, cam_rv1 = maps[:2]
+    cam2, cam_rv2 = torch.rand(2, 4, 32, 32), torch.rand(2, 4, 32, 32)
+    cam2[..., 0, 0] = cam_rv2[..., 0, 0] = 9        # the extremes that the normalisation sees stay in the image
+    cam2[..., 1, 0] = cam_rv2[..., 1, 0] = 0
+    inside = view(torch.ones(2, 1, 32, 32)) > 0.999
+    assert 0.4 < inside.float().mean() < 0.6
+    first = train_SEAM.seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view, inside)
+    cam2[..., 20:], cam_rv2[..., 20:] = .5, .25
+    second = train_SEAM.seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view, inside)
+    for term in ('loss_er', 'loss_ecr1', 'loss_ecr2'):
+        assert first[term] == second[term]
+
+
+@pytest.mark.parametrize('switch', [
+    ('--transform', 'flip'), ('--transform', 'rotation'), ('--transform', 'translation'),
+    ('--transform', 'rescale', 'flip', 'rotation', 'translation'), ('--pcm', 'off', '--ecr_weight', 0),
+    ('--topk_ratio', 1), ('--scale_factor', .5)])
+def test_switches_train_and_differ_from_the_default(data, plain, switch):
+    done(run(data, 'train_SEAM', *flags('train_SEAM', 'switched', '--max_epochs', 1, *switch)))
+    switched, start = weights(data / 'switched.pth'), weights(data / 'seam_start.pth')
+    assert not same(switched, plain['train_SEAM'])
+    heads_moved = not torch.equal(switched['f9.weight'], start['f9.weight'])
+    assert heads_moved == ('--pcm' not in switch)
+
+
+# ----- classification quality -----
+
+def test_average_precision_by_hand():
+    scores = np.array([[.9, .1], [.8, .2], [.7, .3], [.6, .4]])
+    labels = np.array([[1, 0], [0, 0], [1, 0], [0, 1]])
+    np.testing.assert_allclose(metrics.average_precision(scores, labels), [(1 + 2 / 3) / 2 * 100, 100])
+
+
+def test_class_without_images_does_not_count():
+    meter = metrics.ClassificationMeter()
+    meter.add(torch.tensor([[.9, .5], [.1, .4]]), torch.tensor([[1., 0], [0, 0]]))
+    assert meter.pop() == (100, 50)
+
+
+def test_a_classifier_that_knows_nothing_is_warned_of(tmp_path):
+    class Optimizer:
+        global_step, max_step, param_groups = 51, 100, [{'lr': 0.1}]
+    log = pyutils.Logger(str(tmp_path / 'x'))
+    args = type('Args', (), {'batch_size': 2})
+    for quality in ((20., 10.), (20., 10.), (80., 10.)):
+        train_SEAM.report(log, pyutils.Timer(), Optimizer, args, 10,
+                          {'loss': 1., 'loss_er': 1e-5, 'loss_ecr': .4}, quality)
+    text = (tmp_path / 'x.log').read_text()
+    assert text.count('mean average precision') == 1 and text.count('ER has collapsed') == 1
