@@ -1,6 +1,7 @@
 """Step 2: class activation maps over scales and mirrors, and their dense CRF. See the README."""
 import argparse
 import os
+import sys
 
 import numpy as np
 import torch
@@ -10,27 +11,57 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from network.resnet38d import load_weights
-from tool import imutils
-from tool.pyutils import BadInput, check_file, check_range, exit_on_bad_input, import_network, make_dir
-from tool.torchutils import get_device
+from tool import imutils, visualization
+from tool.outputs import BoundedPool, Errors, SkipBad, SpaceCheck, file_digest, is_whole, open_folder
+from tool.pyutils import (BadInput, available_cores, check_file, check_range, exit_on_bad_input, import_network,
+                          make_dir)
+from tool.torchutils import autocast, get_device, get_rank
 from voc12.data import VOC12ClsDatasetMSF
-from voc12.lists import NUM_CLASSES, get_img_path
+from voc12.lists import get_img_path, load_class_names
+
+
+def grad_cam(net, x, plus):
+    """Grad-CAM (Selvaraju et al. 2017) or, with `plus`, Grad-CAM++ (Chattopadhay et al. 2018) at conv6, times the
+    number of pixels: (N, 3, H, W) -> (N, 1+C, h, w), >= 0.
+
+    A class's score is the mean of its map, so its gradient is the classifier's weight / pixels everywhere and both
+    methods have closed forms. That of Grad-CAM is the ReLU of the CAM.
+    """
+    features = net.forward_as_dict(x)['conv6']                                     # (N, D, h, w)
+    weight = net.fc8.weight[None, :, :, 0, 0]                                      # (1, 1+C, D)
+    if plus:
+        # alpha = g^2 / (2 g^2 + sum(A) g^3), and only positive gradients count
+        gradient = F.relu(weight) / features[0, 0].numel()
+        weight = F.relu(weight) / (2 + features.sum(dim=(2, 3))[:, None] * gradient)
+    return F.relu(torch.einsum('nkd,ndhw->nkhw', weight.expand(len(x), -1, -1), features))
+
+
+def class_maps(net, x, kind):
+    """Raw maps (N, 1+C, h, w) of normalised images (N, 3, H, W): what `--map` asks for, at the size of the features."""
+    if kind.startswith('gradcam'):
+        return grad_cam(net, x, plus=kind == 'gradcam++')
+    return net.class_maps(x)[kind == 'cam_rv']
 
 
 @torch.inference_mode()
-def multi_scale_cam(net, views, classes, size, output):
+def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device='cpu', amp='off'):
     """Sum of one image's maps over its views.
 
-    views: normalised (1, 3, h, w) tensors, every second one the mirror of the one before. classes: foreground
-    classes 0..C-1 to keep. size: (H, W) of the image. output: which of the network's maps, 0 raw, 1 refined.
+    views: normalised (3, h, w) tensors, every second one the mirror of the one before, which only counts with `flip`.
+    classes: foreground classes 0..C-1 to keep. size: (H, W) of the image. kind: see `class_maps`.
     Returns float32 (classes, H, W).
     """
     total = np.zeros((len(classes), *size), np.float32)
     for view, mirrored in zip(views[::2], views[1::2]):
-        cam = net(torch.cat([view, mirrored]))[output][:, 1:][:, classes]          # (2, classes, h, w)
+        x = torch.stack([view, mirrored] if flip else [view]).to(device, non_blocking=True)
+        with autocast(x.device, amp):
+            cam = class_maps(net, x, kind)
+        cam = cam[:, 1:][:, classes].float()                                       # (2, classes, h, w)
+        cam = F.interpolate(cam, x.shape[2:], mode='bilinear', align_corners=True)
         cam = F.interpolate(cam, size, mode='bilinear', align_corners=False).cpu().numpy()
         total += cam[0]
-        total += cam[1, ..., ::-1]
+        if flip:
+            total += cam[1, ..., ::-1]
     return total
 
 
@@ -48,16 +79,20 @@ def normalize_cam(cam):
     return (cam - minimum - 1e-5) / (maximum - minimum + 1e-5)
 
 
-def crf_with_alpha(cam_dict, alpha, orig_img):
-    """CRF scores {0: background, class + 1: ...} of a CAM dict {class: (H, W)}; orig_img uint8 (H, W, 3).
-
-    The background score is (1 - the largest map)^alpha: the higher alpha, the less background.
-    """
+def crf_with_alphas(cam_dict, alphas, orig_img):
+    """For each alpha, the CRF scores {0: background, class + 1: ...} of a CAM dict {class: (H, W)}; orig_img uint8
+    (H, W, 3). The background score is (1 - the largest map)^alpha: the higher alpha, the less background."""
     maps = np.stack(list(cam_dict.values()))
     with np.errstate(over='ignore'):    # a nearly flat map can be far below 0; the CRF clips the score to 1
-        background = np.power(1 - maps.max(axis=0, keepdims=True), alpha)
-    posterior = imutils.crf_inference(orig_img, np.concatenate([background, maps]), labels=1 + len(maps))
-    return dict(zip([0] + [key + 1 for key in cam_dict], posterior))
+        backgrounds = [np.power(1 - maps.max(axis=0, keepdims=True), alpha) for alpha in alphas]
+    posteriors = imutils.crf_inferences(orig_img, [np.concatenate([background, maps]) for background in backgrounds])
+    return [dict(zip([0] + [key + 1 for key in cam_dict], posterior)) for posterior in posteriors]
+
+
+def write_crf(cam_dict, alphas, orig_img, paths, dtype):
+    """Writes the CRF scores of one image, a file for each alpha; the job of a worker process."""
+    for path, scores in zip(paths, crf_with_alphas(cam_dict, alphas, orig_img)):
+        imutils.save_scores(path, scores, dtype)
 
 
 def label_map(cam_dict, background_score):
@@ -75,65 +110,132 @@ def get_args_parser():
     parser.add_argument('--infer_list', default='voc12/train.txt', help='images to work on')
     parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
                         help='image-level labels; where the file is missing, the XML annotations are read')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
     parser.add_argument('--weights', required=True, help='trained .pth')
     parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network: less memory and time on a GPU')
     # maps
     parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
-                        help='factors of the image size; each is run with its mirror image')
-    parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam'],
-                        help='the map refined by PCM, or the plain CAM')
+                        help='factors of the image size (the scale table)')
+    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
+                        help='1: each scale is run with its mirror image; 0: without')
+    parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
+                        help='the map refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
+    parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
     parser.add_argument('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
                         help='background exponents of the CRF, one output folder each')
+    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
+                                                        'cores where a GPU runs the network, else 0')
     # outputs
     parser.add_argument('--out_cam', help='folder for the CAM dicts, NAME.npy')
     parser.add_argument('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
     parser.add_argument('--out_cam_pred', help='folder for label maps, NAME.png')
     parser.add_argument('--out_cam_pred_alpha', default=0.26, type=float,
                         help='background score of these label maps (not an exponent)')
+    parser.add_argument('--cam_dtype', default='float32', choices=['float32', 'float16'],
+                        help='of the CAM and CRF dicts; float16 takes half the space')
+    parser.add_argument('--cam_format', default='npy', choices=['npy', 'npz'],
+                        help="npy: the reference's pickled dicts; npz: compressed, without pickle, slower to write")
+    parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
+    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
+    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
+                        help='skip: go on past a bad image, list it at the end, exit code 3')
     return parser
 
 
-def main(args):
+def check_args(args):
     if not (args.out_cam or args.out_crf or args.out_cam_pred):
         raise BadInput('nothing to write: give --out_cam, --out_crf or --out_cam_pred')
     check_range(args, 0.01, 100, 'scales', 'crf_alpha')
     check_range(args, 0, 256, 'num_workers')
     check_file(args.weights, '--weights')
-    device = get_device(args.device)
-    crf_dirs = {alpha: f'{args.out_crf}_{alpha:.1f}' for alpha in args.crf_alpha} if args.out_crf else {}
-    if len(set(crf_dirs.values())) < len(crf_dirs):
-        raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
-    if crf_dirs:
+    if args.out_crf:
+        if len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
+            raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
         imutils.check_crf('--out_crf')
 
-    to_array = transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW])
+
+def main(args):
+    check_args(args)
+    class_names = load_class_names(args.class_names)
+    device = get_device(args.device, args.tf32)
+    crf_dirs = [f'{args.out_crf}_{alpha:.1f}' for alpha in args.crf_alpha] if args.out_crf else []
+
+    # ----- data and network -----
     dataset = VOC12ClsDatasetMSF(args.infer_list, voc12_root=args.voc12_root, scales=args.scales,
-                                 inter_transform=to_array, cls_labels=args.cls_labels)
-    loader = DataLoader(dataset, batch_size=1, num_workers=args.num_workers, pin_memory=device.type == 'cuda')
-    net = import_network(args.network, 'PCM').Net(num_classes=NUM_CLASSES)
+                                 inter_transform=transforms.Compose([np.asarray, imutils.normalize,
+                                                                     imutils.HWC_to_CHW]),
+                                 cls_labels=args.cls_labels, class_names=class_names)
+    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names))
+    net.pcm = args.pcm == 'on' and args.map == 'cam_rv'
     load_weights(net, args.weights)
     net.eval().to(device)
-    for folder, flag in ((args.out_cam, '--out_cam'), (args.out_cam_pred, '--out_cam_pred'),
-                         *((folder, '--out_crf') for folder in crf_dirs.values())):
-        if folder:
-            make_dir(folder, flag)
 
-    for (name,), views, label in tqdm(loader, desc='CAM', dynamic_ncols=True):
-        orig_img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
-        classes = np.flatnonzero(label[0].numpy() > 1e-5).tolist()
-        views = [view.to(device, non_blocking=True) for view in views]
-        cam = multi_scale_cam(net, views, classes, orig_img.shape[:2], output=int(args.map == 'cam_rv'))
-        cam_dict = dict(zip(classes, normalize_cam(cam)))
-        if args.out_cam:
-            imutils.save_scores(os.path.join(args.out_cam, name + '.npy'), cam_dict)
-        if args.out_cam_pred:
-            imutils.save_label_map(os.path.join(args.out_cam_pred, name + '.png'),
-                                   label_map(cam_dict, args.out_cam_pred_alpha))
-        for alpha, folder in crf_dirs.items():
-            imutils.save_scores(os.path.join(folder, name + '.npy'), crf_with_alpha(cam_dict, alpha, orig_img))
+    # ----- outputs: what is finished is left alone -----
+    settings = {key: getattr(args, key) for key in ('network', 'scales', 'flip', 'map', 'pcm', 'amp')}
+    settings.update(weights=file_digest(args.weights), class_names=class_names)
+    dicts = {'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}
+    for folder, flag, more in ((args.out_cam, '--out_cam', dicts),
+                               (args.out_cam_pred, '--out_cam_pred', {'background_score': args.out_cam_pred_alpha}),
+                               *((folder, '--out_crf', {**dicts, 'alpha': alpha})
+                                 for folder, alpha in zip(crf_dirs, args.crf_alpha))):
+        if folder:
+            open_folder(folder, flag, {**settings, **more}, args.overwrite)
+
+    def outputs(name):
+        """Paths of the files of one image: CAM, label map, CRFs; None for what is not asked for."""
+        return [folder and os.path.join(folder, name + end) for folder, end in
+                ((args.out_cam, '.' + args.cam_format), (args.out_cam_pred, '.png'),
+                 *((folder, '.' + args.cam_format) for folder in crf_dirs))]
+
+    names = dataset.img_name_list
+    todo = [index for index, name in enumerate(names)
+            if args.overwrite or not all(is_whole(path) for path in outputs(name) if path)]
+    if len(todo) < len(names):
+        print(f'{len(names) - len(todo)} of {len(names)} images are finished')
+    rank, ranks = get_rank()
+    todo = todo[rank::ranks]
+    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
+                        pin_memory=device.type == 'cuda')
+    workers = args.crf_workers
+    if workers is None:
+        workers = available_cores() if device.type == 'cuda' else 0
+    pictured = set(names[:args.vis_count]) if args.vis_dir else ()
+    if args.vis_dir:
+        make_dir(args.vis_dir, '--vis_dir')
+    errors, space = Errors(args.on_error), SpaceCheck(len(todo))
+
+    # ----- inference -----
+    with BoundedPool(workers if crf_dirs else 0) as pool:
+        for item in tqdm(loader, desc='CAM', dynamic_ncols=True):
+            if isinstance(item, BadInput):
+                errors.add(item)
+                continue
+            name, views, label = item
+            orig_img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
+            classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
+            cam = multi_scale_cam(net, views, classes, orig_img.shape[:2], args.map, args.flip, device, args.amp)
+            cam_dict = dict(zip(classes, normalize_cam(cam)))
+            cam_path, label_path, *crf_paths = outputs(name)
+            if cam_path:
+                imutils.save_scores(cam_path, cam_dict, args.cam_dtype)
+            if label_path:
+                imutils.save_label_map(label_path, label_map(cam_dict, args.out_cam_pred_alpha))
+            if crf_paths:
+                pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, crf_paths, args.cam_dtype)
+            space.add([path for path in outputs(name) if path])
+            if name in pictured:
+                visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [
+                    orig_img, *(visualization.cam_on_image(orig_img, cam) for cam in cam_dict.values()),
+                    visualization.labels_on_image(orig_img, label_map(cam_dict, args.out_cam_pred_alpha))],
+                    ['image', *(class_names[key] for key in cam_dict), f'at {args.out_cam_pred_alpha}'])
+    sys.exit(errors.report())
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
 import argparse
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -11,23 +12,24 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from network.resnet38d import load_weights
-from tool import imutils
+from tool import imutils, visualization
+from tool.outputs import BoundedPool, Errors, SkipBad, file_digest, is_whole, open_folder
 from tool.pairs import fit_radius, pair_indices
-from tool.pyutils import (BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir,
-                          str2bool)
-from tool.torchutils import get_device
+from tool.pyutils import (BadInput, available_cores, check_dir, check_file, check_range, exit_on_bad_input,
+                          import_network, make_dir, str2bool)
+from tool.torchutils import autocast, get_device, get_rank
 from voc12.data import STRIDE, VOC12ImageDataset
-from voc12.lists import NUM_CLASSES
+from voc12.lists import get_img_path, load_class_names
 
 
 def class_scores(cam_dict, alpha, size):
-    """Random-walk seeds of a CAM dict {class 0..19: (H, W)}: float32 (21, *size), absent classes 0, channel 0
-    the background, (1 - the largest map)^alpha. `size` is the padded size; the padding is 0 in all channels."""
+    """Random-walk seeds of a CAM dict {class from 0: (H, W)}: float32 (1 + classes in it, *size), the background first,
+    (1 - the largest map)^alpha, then the classes in order. `size` is the padded size; the padding is 0 throughout."""
     h, w = next(iter(cam_dict.values())).shape
-    scores = np.zeros((1 + NUM_CLASSES, *size), np.float32)
-    for key, class_map in cam_dict.items():
-        scores[key + 1, :h, :w] = class_map
-    scores[0, :h, :w] = np.power(1 - scores[1:, :h, :w].max(axis=0), alpha)
+    scores = np.zeros((1 + len(cam_dict), *size), np.float32)
+    scores[1:, :h, :w] = [cam_dict[key] for key in sorted(cam_dict)]
+    # classes that are not in the image compete with 0
+    scores[0, :h, :w] = np.power(1 - np.maximum(scores[1:, :h, :w].max(axis=0), 0), alpha)
     return scores
 
 
@@ -57,6 +59,47 @@ def random_walk(scores, aff, radius, beta, logt):
     return scores.T.reshape(k, h, w)
 
 
+def read_cams(name, cam_dir, size, num_classes):
+    """The CAM dict of an image of size (h, w). Raises BadInput for one that does not fit it or the classes."""
+    path = os.path.join(cam_dir, name + '.npy')
+    cam_dict = imutils.load_scores(path, '--cam_dir', 'cam')
+    if not cam_dict or max(cam_dict) >= num_classes:
+        raise BadInput(f'{path} (--cam_dir) has the classes {list(cam_dict)}, not some of 0..{num_classes - 1} '
+                       '(--class_names)')
+    if any(class_map.shape != size for class_map in cam_dict.values()):
+        raise BadInput(f'{path} (--cam_dir) does not fit the image, which is {size[0]}x{size[1]}')
+    return cam_dict
+
+
+def uncertain(name, scores, args):
+    """bool (H, W): where the walk's winning share of the scores (K, H, W) is below --ignore_below, or the labels of the
+    two CRFs of --ignore_crf differ."""
+    mask = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
+    if args.ignore_crf:
+        low, high = (imutils.load_scores(os.path.join(folder, name + '.npy'), '--ignore_crf', 'crf')
+                     for folder in args.ignore_crf)
+        mask |= imutils.strongest_label(low) != imutils.strongest_label(high)
+    return mask
+
+
+def write_labels(name, scores, present, img, args, num_classes):
+    """Writes the pseudo label of one image; the job of a worker process where there is a CRF.
+
+    scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
+    image, float32 (3, H', W').
+    """
+    if args.crf:        # with all classes, as in the reference: the absent ones have score 0
+        everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
+        everything[present] = scores
+        scores = imutils.crf_inference(imutils.denormalize(img), everything, t=1)[present]
+    orig_img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
+    h, w = orig_img.shape[:2]
+    scores = scores[:, :h, :w]
+    labels = np.array(present)[scores.argmax(axis=0)]
+    labels[uncertain(name, scores, args)] = imutils.IGNORE
+    imutils.save_label_map(os.path.join(args.out_rw, name + '.png'), labels)
+
+
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     # data
@@ -64,11 +107,15 @@ def get_args_parser():
     parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
     parser.add_argument('--cam_dir', required=True,
                         help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
     parser.add_argument('--weights', required=True, help='trained .pth')
     parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network: less memory and time on a GPU')
     # random walk
     parser.add_argument('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
     parser.add_argument('--beta', default=8, type=int,
@@ -76,48 +123,98 @@ def get_args_parser():
     parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
     parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
                         help='one iteration of the dense CRF on the result')
+    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
+                                                        'cores where a GPU runs the network, else 0')
     # outputs
     parser.add_argument('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
+    parser.add_argument('--ignore_below', default=0.0, type=float,
+                        help='write 255 where the winning class has less than this share of the scores')
+    parser.add_argument('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
+                        help='write 255 where the labels of these two CRF folders of infer_SEAM.py differ')
+    parser.add_argument('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
+    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
+    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
+                        help='skip: go on past a bad image, list it at the end, exit code 3')
     return parser
+
+
+def check_args(args):
+    check_range(args, 0, 256, 'num_workers', 'beta')
+    check_range(args, 0, 20, 'logt')
+    check_range(args, 0, 1, 'ignore_below')
+    check_file(args.weights, '--weights')
+    check_dir(args.cam_dir, '--cam_dir')
+    for folder in args.ignore_crf or ():
+        check_dir(folder, '--ignore_crf')
+    if args.crf:
+        imutils.check_crf('--crf')
 
 
 @torch.inference_mode()
 def main(args):
-    check_range(args, 0, 256, 'num_workers', 'beta')
-    check_range(args, 0, 20, 'logt')
-    check_file(args.weights, '--weights')
-    check_dir(args.cam_dir, '--cam_dir')
-    device = get_device(args.device)
-    if args.crf:
-        imutils.check_crf('--crf')
+    check_args(args)
+    num_classes = len(load_class_names(args.class_names))
+    device = get_device(args.device, args.tf32)
+
+    # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root,
                                 transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
-    for name in dataset.img_name_list:
-        check_file(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
-    loader = DataLoader(dataset, batch_size=1, num_workers=args.num_workers, pin_memory=device.type == 'cuda')
+    names = dataset.img_name_list
+    for name in names:
+        imutils.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
     net = import_network(args.network, 'radius').Net()
     load_weights(net, args.weights)
     net.eval().to(device)
-    make_dir(args.out_rw, '--out_rw')
 
-    for (name,), img in tqdm(loader, desc='random walk', dynamic_ncols=True):
-        h, w = img.shape[2:]
-        img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
-        size = img.shape[2:]
-        cam_path = os.path.join(args.cam_dir, name + '.npy')
-        cam_dict = imutils.load_scores(cam_path, '--cam_dir', 'cam')
-        if not cam_dict or max(cam_dict) >= NUM_CLASSES:
-            raise BadInput(f'{cam_path} (--cam_dir) has the classes {list(cam_dict)}, not some of 0..{NUM_CLASSES - 1}')
-        if any(class_map.shape != (h, w) for class_map in cam_dict.values()):
-            raise BadInput(f'{cam_path} (--cam_dir) does not fit the image, which is {h}x{w}')
-        scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, args.alpha, size)).to(device), STRIDE)
-        present = [0] + [key + 1 for key in sorted(cam_dict)]
-        radius = fit_radius(*scores.shape[1:], net.radius)
-        scores[present] = random_walk(scores[present], net(img.to(device)), radius, args.beta, args.logt)
-        scores = F.interpolate(scores[None], size, mode='bilinear', align_corners=False)[0].cpu().numpy()
-        if args.crf:
-            scores = imutils.crf_inference(imutils.denormalize(img[0].numpy()), scores, t=1, labels=len(scores))
-        imutils.save_label_map(os.path.join(args.out_rw, name + '.png'), scores.argmax(axis=0)[:h, :w])
+    # ----- outputs: what is finished is left alone -----
+    settings = {key: getattr(args, key) for key in ('network', 'cam_dir', 'alpha', 'beta', 'logt', 'crf', 'amp',
+                                                    'ignore_below', 'ignore_crf')}
+    open_folder(args.out_rw, '--out_rw', {**settings, 'weights': file_digest(args.weights)}, args.overwrite)
+    todo = [index for index, name in enumerate(names)
+            if args.overwrite or not is_whole(os.path.join(args.out_rw, name + '.png'))]
+    if len(todo) < len(names):
+        print(f'{len(names) - len(todo)} of {len(names)} images are finished')
+    rank, ranks = get_rank()
+    loader = DataLoader(SkipBad(dataset, todo[rank::ranks]), batch_size=None, num_workers=args.num_workers,
+                        pin_memory=device.type == 'cuda')
+    workers = args.crf_workers
+    if workers is None:
+        workers = available_cores() if device.type == 'cuda' else 0
+    pictured = names[:args.vis_count] if args.vis_dir else []
+    if args.vis_dir:
+        make_dir(args.vis_dir, '--vis_dir')
+    errors = Errors(args.on_error)
+
+    # ----- inference -----
+    with BoundedPool(workers if args.crf else 0) as pool:
+        for item in tqdm(loader, desc='random walk', dynamic_ncols=True):
+            try:
+                if isinstance(item, BadInput):
+                    raise item
+                name, img = item                                            # (3, H, W)
+                h, w = img.shape[1:]
+                cam_dict = read_cams(name, args.cam_dir, (h, w), num_classes)
+            except BadInput as error:
+                errors.add(error)
+                continue
+            img = F.pad(img[None], (0, -w % STRIDE, 0, -h % STRIDE))
+            size = img.shape[2:]
+            scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, args.alpha, size)).to(device), STRIDE)
+            with autocast(device, args.amp):
+                aff = net(img.to(device))
+            radius = fit_radius(*scores.shape[1:], net.radius)
+            scores = random_walk(scores, aff.float(), radius, args.beta, args.logt)
+            scores = F.interpolate(scores[None], size, mode='bilinear', align_corners=False)[0].cpu().numpy()
+            present = [0] + [key + 1 for key in sorted(cam_dict)]
+            pool.submit(write_labels, name, scores, present, img[0].numpy(), args, num_classes)
+    for name in pictured:
+        path = os.path.join(args.out_rw, name + '.png')
+        if os.path.isfile(path):        # of another rank, or skipped
+            img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
+            labels = visualization.labels_on_image(img, imutils.read_label_map(path, '--out_rw'))
+            visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [img, labels], ['image', 'label'])
+    sys.exit(errors.report())
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import pytest
 
 import evaluation
 from conftest import GOLDEN, golden
+from tool import metrics
 
 
 @pytest.fixture(scope='module')
@@ -18,9 +19,12 @@ def cams(g, name):
     return {int(key): g[f'pred:{name}:{key}'] for key in g[f'keys:{name}']}
 
 
+VOC = 20
+
+
 def score(g, thresholds):
-    matrices = sum(evaluation.confusion_curve(g[f'gt:{name}'], cams(g, name), thresholds) for name in g['names'])
-    return evaluation.intersection_over_union(matrices) * 100
+    matrices = sum(metrics.confusion_curve(g[f'gt:{name}'], cams(g, name), thresholds, VOC) for name in g['names'])
+    return metrics.class_measures(matrices)[0]
 
 
 def test_curve_equals_the_reference_at_all_60_thresholds(g):
@@ -36,30 +40,30 @@ def test_one_threshold(g):
 
 
 def test_png(g):
-    matrix = sum(evaluation.confusion(g[f'gt:{name}'], g[f'png:{name}']) for name in g['names'])
-    iou = evaluation.intersection_over_union(matrix) * 100
+    matrix = sum(metrics.confusion(g[f'gt:{name}'], g[f'png:{name}'], VOC) for name in g['names'])
+    iou = metrics.class_measures(matrix)[0]
     np.testing.assert_allclose(iou, g['png_iou_percent'], rtol=1e-12)
     np.testing.assert_allclose(iou.mean(), g['png_miou_percent'], rtol=1e-12)
 
 
 def test_a_score_equal_to_the_threshold_is_background():
-    matrix = evaluation.confusion_curve(np.array([[4, 4]]), {3: np.float32([[0.26, 0.27]])}, np.array([0.26]))[0]
+    matrix = metrics.confusion_curve(np.array([[4, 4]]), {3: np.float32([[0.26, 0.27]])}, np.array([0.26]), VOC)[0]
     assert matrix[4, 0] == 1 and matrix[4, 4] == 1 and matrix.sum() == 2
 
 
 def test_negative_threshold_lets_absent_classes_win():
     """The reference compares all 20 classes: absent ones have score 0."""
-    matrix = evaluation.confusion_curve(np.array([[4]]), {3: np.float32([[-0.5]])}, np.array([-0.1]))[0]
+    matrix = metrics.confusion_curve(np.array([[4]]), {3: np.float32([[-0.5]])}, np.array([-0.1]), VOC)[0]
     assert matrix[4, 1] == 1
 
 
 def test_predictions_that_are_no_class_count_against_the_truth_only():
-    matrix = evaluation.confusion(np.array([[1, 1, 255]]), np.array([[1, 255, 1]]))
-    assert evaluation.intersection_over_union(matrix)[1] == pytest.approx(0.5)
+    matrix = metrics.confusion(np.array([[1, 1, 255]]), np.array([[1, 255, 1]]), VOC)
+    assert metrics.class_measures(matrix)[0][1] == pytest.approx(50)
 
 
 def test_counters_hold_more_than_32_bits():
-    matrix = evaluation.confusion(np.array([[1]]), np.array([[1]])) * 3_000_000_000
+    matrix = metrics.confusion(np.array([[1]]), np.array([[1]]), VOC) * 3_000_000_000
     assert (matrix + matrix)[1, 1] == 6_000_000_000
 
 
@@ -72,7 +76,8 @@ def test_workers_give_the_same_sums_as_one_process(g, tmp_path):
                 os.makedirs(tmp_path / folder, exist_ok=True)
                 os.symlink(os.path.join(GOLDEN, 'g09_png', f'{name}_{kind}.png'),
                            tmp_path / folder / f'{names[-1]}.png')
-    args = argparse.Namespace(gt_dir=str(tmp_path / 'gt'), predict_dir=str(tmp_path / 'pred'), type='png')
+    args = argparse.Namespace(gt_dir=str(tmp_path / 'gt'), predict_dir=str(tmp_path / 'pred'), type='png',
+                              class_names=None)
     one, two = (evaluation.evaluate(names, argparse.Namespace(**vars(args), num_workers=n), np.zeros(1))
                 for n in (0, 8))
     assert (one == two).all() and one.sum() == 12 * sum((g[f'gt:{name}'] != 255).sum() for name in g['names'])

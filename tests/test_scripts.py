@@ -65,8 +65,8 @@ def pipeline(tmp_path_factory):
                                  '--train_bn', '--session_name', 'runs/pre'))
     out['seam'] = done(shell(root, 'train_SEAM', *seam, '--max_epoches', 1, '--weights', 'runs/pre.pth',
                              '--session_name', 'runs/seam', '--val_list', 'unused.txt'))
-    out['infer'] = done(shell(root, 'infer_SEAM', '--network', SEAM, '--weights', 'runs/seam.pth', '--infer_list', lists,
-                              '--scales', 0.5, 1, '--out_cam', 'out/cam', '--out_crf', 'out/crf',
+    out['infer'] = done(shell(root, 'infer_SEAM', '--network', SEAM, '--weights', 'runs/seam.pth',
+                              '--infer_list', lists, '--scales', 0.5, 1, '--out_cam', 'out/cam', '--out_crf', 'out/crf',
                               '--out_cam_pred', 'out/cam_pred', '--num_workers', 1))
     out['curve'] = done(shell(root, 'evaluation', '--list', lists, '--predict_dir', 'out/cam', '--comment', 'seam cam',
                               '--type', 'npy', '--curve', 'True'))
@@ -118,12 +118,12 @@ def test_cam_files_have_the_reference_s_format(pipeline):
             assert np.allclose(sum(crf.values()), 1, atol=1e-4)
 
 
-def test_label_maps_are_grey_pngs_of_class_indices(pipeline):
+def test_label_maps_are_palette_pngs_of_class_indices(pipeline):
     root, _ = pipeline
     for folder in ('out/cam_pred', 'out/rw'):
         for name in names_of(root):
             img = Image.open(root / folder / f'{name}.png')
-            assert img.mode == 'L' and set(np.unique(np.asarray(img))) <= {0, 1, 2, 3}
+            assert img.mode == 'P' and set(np.unique(np.asarray(img))) <= {0, 1, 2, 3}
 
 
 def test_curve_has_60_lines_and_the_log_grows(pipeline):
@@ -158,6 +158,69 @@ def test_plain_cam_differs_from_the_refined_one(pipeline, tmp_path):
                       for folder in (tmp_path / 'cam', root / 'out/cam'))
     assert list(plain) == list(refined)
     assert all(np.abs(plain[key] - refined[key]).max() > 1e-3 for key in plain)
+
+
+# ----- other classes than VOC's -----
+
+@pytest.mark.parametrize('count', [3, 80])
+def test_every_stage_runs_with_other_classes(tmp_path, count):
+    names = tmp_path / 'names.txt'
+    names.write_bytes(b'\xef\xbb\xbf' + ''.join(f'traffic light {i}\r\n' for i in range(count)).encode())
+    classes = '--class_names', names, '--num_workers', 0
+    lists = 'VOC2012/ImageSets/Segmentation/train.txt'
+    done(run(tmp_path, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 64, '--class_names', names))
+    train = ('--train_list', lists, '--batch_size', 4, '--max_epochs', 1, *classes)
+    done(run(tmp_path, 'train_SEAM', *train, '--network', SEAM, '--crop_size', 48, '--resize_long', 48, 64,
+             '--session_name', 'seam'))
+    assert torch.load(tmp_path / 'seam.pth', weights_only=True)['fc8.weight'].shape[0] == 1 + count
+    done(run(tmp_path, 'infer_SEAM', '--network', SEAM, '--weights', 'seam.pth', '--infer_list', lists, '--scales', 1,
+             '--out_cam', 'cam', '--out_crf', 'crf', *classes))
+    done(run(tmp_path, 'train_aff', *train, '--network', AFF, '--crop_size', 48, '--la_crf_dir', 'crf_4.0',
+             '--ha_crf_dir', 'crf_24.0', '--session_name', 'aff'))
+    done(run(tmp_path, 'infer_aff', '--network', AFF, '--weights', 'aff.pth', '--infer_list', lists, '--cam_dir', 'cam',
+             '--crf', *classes))
+    for folder, kind in (('cam', ('npy', '--curve')), ('crf_4.0', ('crf',)), ('out_rw', ('png',))):
+        out = done(run(tmp_path, 'evaluation', '--list', lists, '--predict_dir', folder, '--comment', folder,
+                       '--type', *kind, *classes))
+        if folder != 'cam':
+            assert out.count('traffic light') == count
+            rows = (tmp_path / f'{folder}_confusion.csv').read_text().splitlines()
+            assert len(rows) == count + 3 and all(row.count(',') == count + 2 for row in rows)
+
+
+def test_weights_of_other_classes_need_reset_head(pipeline, tmp_path):
+    root, _ = pipeline
+    (tmp_path / 'names.txt').write_text('aeroplane\nbicycle\nbird\n')
+    flags = ('--train_list', 'VOC2012/ImageSets/Segmentation/train.txt', '--crop_size', 48, '--resize_long', 48, 64,
+             '--batch_size', 8, '--num_workers', 0, '--max_epochs', 1, '--network', SEAM, '--weights', 'runs/seam.pth',
+             '--class_names', tmp_path / 'names.txt', '--session_name', tmp_path / 'new')
+    refused(run(root, 'train_SEAM', *flags), 'runs/seam.pth', '20 classes', '3 (--class_names)', '--reset_head')
+    assert 'randomly initialised: fc8.weight' in done(run(root, 'train_SEAM', *flags, '--reset_head'))
+    old, new = (torch.load(path, weights_only=True) for path in (root / 'runs/seam.pth', tmp_path / 'new.pth'))
+    assert new['fc8.weight'].shape[0] == 4 and torch.equal(new['bn7.weight'], old['bn7.weight'])
+
+
+@pytest.mark.parametrize('text, words', [
+    ('cat\ndog\ncat\n', ('cat twice',)), ('\n \n', ('0 classes',)), ('background\ncat', ('background',)),
+    ('\n'.join(map(str, range(255))), ('255 classes', '254'))])
+def test_names_file_that_cannot_be(voc, text, words):
+    set_list(voc, names_of(voc))
+    (voc / 'names.txt').write_text(text)
+    refused(train(voc, '--class_names', 'names.txt'), 'names.txt', '--class_names', *words)
+
+
+def test_names_file_that_is_no_text(voc):
+    set_list(voc, names_of(voc))
+    refused(train(voc, '--class_names', voc / 'VOC2012/JPEGImages' / (names_of(voc)[0] + '.jpg')), '--class_names')
+
+
+def test_crf_files_of_more_classes_than_named(voc, pipeline):
+    (voc / 'names.txt').write_text('aeroplane\n')
+    set_list(voc, names_of(voc))
+    result = run(voc, 'train_aff', '--network', AFF, '--train_list', 'list.txt', '--crop_size', 64, '--batch_size', 4,
+                 '--num_workers', 0, '--la_crf_dir', pipeline[0] / 'out/crf_4.0', '--class_names', 'names.txt',
+                 '--ha_crf_dir', pipeline[0] / 'out/crf_24.0', '--weights', pipeline[0] / 'runs/pre_backbone.pth')
+    refused(result, '.npy', '--la_crf_dir', '1 classes of --class_names')
 
 
 # ----- odd and bad input -----
@@ -227,13 +290,13 @@ def test_truncated_image_keeps_what_is_finished(voc, pipeline):
     assert (voc / f'cam/{names[0]}.npy').is_file() and not (voc / f'cam/{names[2]}.npy').exists()
 
 
-def test_truncated_image_in_the_middle_of_training_saves_the_weights(voc):
+def test_truncated_image_in_the_middle_of_training_keeps_what_was_learned(voc):
     names = names_of(voc)
     set_list(voc, names)
     truncate(image(voc, names[0]))
     result = train(voc, '--num_workers', 1, '--max_epochs', 50, '--weights', make_start(voc))
     refused(result, image(voc, names[0]).name)
-    assert 'run_stopped.pth' in result.stdout and 'fc8.weight' in torch.load(voc / 'run_stopped.pth', weights_only=True)
+    assert '--resume goes on' in result.stdout and torch.load(voc / 'run_last.pth', weights_only=True)['step'] > 0
     assert not (voc / 'run.pth').exists()
 
 
@@ -319,12 +382,12 @@ def test_crf_files_of_different_labels(voc, pipeline):
     set_list(voc, names)
     for folder, keys in (('la', (0, 1)), ('ha', (0, 2))):
         (voc / folder).mkdir()
-        np.save(voc / folder / f'{names[0]}.npy', {key: np.zeros((8, 8), np.float32) for key in keys})
+        np.save(voc / folder / f'{names[0]}.npy', {key: np.full((8, 8), .5, np.float32) for key in keys})
     result = run(voc, 'train_aff', '--network', AFF, '--train_list', 'list.txt', '--crop_size', 64, '--batch_size', 1,
                  '--num_workers', 0, '--la_crf_dir', 'la', '--ha_crf_dir', 'ha',
                  '--weights', pipeline[0] / 'runs/pre_backbone.pth')
     refused(result, names[0], '--la_crf_dir', '--ha_crf_dir')
-    assert (voc / 'resnet38_aff_stopped.pth').is_file()
+    assert (voc / 'resnet38_aff_last.pth').is_file()
 
 
 def evaluate(voc, pipeline, *args):

@@ -78,7 +78,9 @@ def test_network_outputs_of_both_passes(step):
 def test_compared_maps(step):
     g = step['g']
     label = F.pad(step['label'], (1, 0), value=1.)[:, :, None, None]
-    cam1, cam_rv1, cam2, cam_rv2 = train_SEAM.normalize_views(*step['outputs'], label, 0.3)
+    cam1, cam_rv1, cam2, cam_rv2 = (train_SEAM.max_norm(cam) for cam in step['outputs'])
+    cam1, cam_rv1 = train_SEAM.second_view(cam1) * label, train_SEAM.second_view(cam_rv1) * label
+    cam2, cam_rv2 = cam2 * label, cam_rv2 * label
     # the reference's cam1 and cam2 hold, after the losses, what here is a tensor of its own
     for maps, name in ((train_SEAM.pseudo_label(cam1), 'cam1'), (cam_rv1, 'cam_rv1'),
                        (train_SEAM.pseudo_label(cam2), 'cam2'), (cam_rv2, 'cam_rv2')):
@@ -164,9 +166,9 @@ def inferred(seam_net):
                                      cls_labels=os.path.join(root, 'labels.npy'))
         for name, views, label in dataset:
             classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
-            tensors = [torch.from_numpy(view)[None] for view in views]
+            tensors = [torch.from_numpy(view) for view in views]
             size = g[name + ':rgb_decoded'].shape[:2]
-            cam = infer_SEAM.multi_scale_cam(seam_net, tensors, classes, size, output=1)
+            cam = infer_SEAM.multi_scale_cam(seam_net, tensors, classes, size)
             out[name] = views, classes, dict(zip(classes, infer_SEAM.normalize_cam(cam)))
     return out
 
@@ -216,7 +218,8 @@ def test_crf_of_the_golden_cams(name, alpha):
     pytest.importorskip('pydensecrf.densecrf')
     cams, g = golden('g04_infer_cam'), golden('g05_crf')
     cam_dict = {int(key): cams[f'{name}:cam_{key}'] for key in cams[name + ':cam_keys']}
-    crf = infer_SEAM.crf_with_alpha(cam_dict, alpha, cams[name + ':rgb_decoded'])
+    # one lattice for both alphas
+    crf = infer_SEAM.crf_with_alphas(cam_dict, [4, 24], cams[name + ':rgb_decoded'])[(4, 24).index(alpha)]
     assert list(crf) == list(g[f'{name}:crf_{alpha}.0_keys'])
     for key, scores in crf.items():
         assert np.abs(scores - g[f'{name}:crf_{alpha}.0_{key}']).max() < 1e-5

@@ -104,7 +104,9 @@ def test_max_epochs_in_both_spellings():
         assert parser_of('train_SEAM').parse_args([spelling, '3']).max_epoches == 3
 
 
-@pytest.mark.parametrize('script', SCRIPTS + ('voc12/make_toy', 'voc12/make_lists', 'voc12/make_cls_labels'))
+@pytest.mark.parametrize('script', SCRIPTS + (
+    'voc12/make_toy', 'voc12/make_lists', 'voc12/make_cls_labels', 'voc12/make_seg_aug', 'voc12/make_coco',
+    'voc12/make_custom', 'voc12/check'))
 def test_help_from_any_folder(script, tmp_path):
     done = subprocess.run([sys.executable, os.path.join(ROOT, script + '.py'), '--help'], cwd=tmp_path,
                           capture_output=True, text=True)

@@ -2,14 +2,16 @@
 # The whole pipeline on a small synthetic data set, on any machine: the numbered steps of the README.
 #   bash tool/demo.sh [--seed N]     slim networks, trained here and now; ends with a table and demo/result.png
 #   bash tool/demo.sh --full         the same steps with the full-width networks and a handful of iterations
+#   --class_names FILE               with class names of your own in place of VOC's, one a line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-seed=0 full=
+seed=0 full= names=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --seed) seed=$2; shift 2 ;;
         --full) full=1; shift ;;
-        *) echo "usage: bash tool/demo.sh [--seed N] [--full]" >&2; exit 2 ;;
+        --class_names) names=(--class_names "$2"); shift 2 ;;
+        *) echo "usage: bash tool/demo.sh [--seed N] [--full] [--class_names FILE]" >&2; exit 2 ;;
     esac
 done
 source tool/setup.sh
@@ -21,7 +23,7 @@ else
     seam=network.resnet38_SEAM aff=network.resnet38_aff count=12 pretrain_epochs=1 seam_epochs=1 aff_epochs=1 batch=4
 fi
 out=demo
-data=(--voc12_root $out/VOC2012 --num_workers 1)
+data=(--voc12_root $out/VOC2012 --num_workers 1 ${names[@]+"${names[@]}"})
 list=$out/VOC2012/ImageSets/Segmentation/train.txt
 train=(--train_list $list "${data[@]}" --seed "$seed")
 infer=(--infer_list $list "${data[@]}")
@@ -31,10 +33,11 @@ mkdir $out
 
 step() { printf '\n===== %s\n' "$1"; }
 run() { echo "+ python $*"; "$PYTHON" "$@"; }
-score() { run evaluation.py --list $list --gt_dir $out/VOC2012/SegmentationClass --logfile $out/evallog.txt "$@"; }
+score() { run evaluation.py --list $list --gt_dir $out/VOC2012/SegmentationClass --logfile $out/evallog.txt ${names[@]+"${names[@]}"} \
+    "$@"; }
 
 step "0. A toy data set in VOC 2012's layout, and a classifier pretrained on it in place of ImageNet's"
-run voc12/make_toy.py --out $out/VOC2012 --count $count --size 96 112 --classes 6 --seed "$seed"
+run voc12/make_toy.py --out $out/VOC2012 --count $count --size 96 112 --seed "$seed" ${names[@]+"${names[@]}"}
 run train_SEAM.py "${train[@]}" "${crop[@]}" --network $seam --classifier_only --train_bn --dropout 0 \
     --momentum 0.9 --lr 0.03 --batch_size $((2 * batch)) --max_epochs $pretrain_epochs --session_name $out/pretrained
 run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/pretrained.pth --scales 0.5 1 1.5 \

@@ -36,20 +36,20 @@ def read_log(path):
     with open(path, encoding='utf-8') as file:
         lines = file.read().splitlines()
     return [(head.split('\t', 1)[1], {key: ast.literal_eval(value) for key, value in
-                                      (field.split(':', 1) for field in numbers.split('  '))})
+                                      (field.rsplit(':', 1) for field in numbers.split('  '))})
             for head, numbers in zip(lines[0::3], lines[1::3])]
 
 
 def print_table(args):
     """A markdown table: one row per log entry; of a curve, the best background score over the classes present."""
-    print('| result | background score | mIoU, 21 classes | mIoU, classes present |')
+    print('| result | background score | mIoU, all classes | mIoU, classes present |')
     print('|---|---|---|---|')
     for comment, numbers in read_log(args.logfile):
         miou, present = numbers['mIoU'], numbers['mIoU_present']
         score = ''
         if isinstance(miou, list):
             best = int(np.argmax(present))
-            miou, present, score = miou[best], present[best], f'{best / 100:.2f}'
+            miou, present, score = miou[best], present[best], f'{numbers["t"][best]:.2f}'
         print(f'| {comment} | {score} | {miou:.1f} | {present:.1f} |')
 
 

@@ -1,18 +1,10 @@
 """Pictures: CAMs on images, label maps in colour, contact sheets, TensorBoard. No loss imports this."""
 import cv2
 import numpy as np
+from PIL import Image
 
 from tool import imutils
-
-
-def voc_palette():
-    """uint8 (256, 3) RGB colours of PASCAL VOC: the bits of the class index, spread over the channels."""
-    index = np.arange(256)
-    palette = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+from tool.pyutils import atomic_write
 
 
 def normalize_for_picture(cam):
@@ -32,7 +24,7 @@ def cam_on_image(img, cam):
 
 def labels_on_image(img, labels):
     """Label map (H, W) in VOC's colours over a dimmed uint8 (H, W, 3) RGB image."""
-    return (0.3 * img + 0.7 * voc_palette()[labels]).astype(np.uint8)
+    return (0.3 * img + 0.7 * imutils.voc_palette()[labels]).astype(np.uint8)
 
 
 def contact_sheet(rows, titles, cell=160):
@@ -45,10 +37,37 @@ def contact_sheet(rows, titles, cell=160):
         strip = np.full((cell, cell * len(titles), 3), 255, np.uint8)
         for i, picture in enumerate(row):
             h, w = picture.shape[:2]
-            h, w = int(h * (cell - 6) / max(h, w)), int(w * (cell - 6) / max(h, w))
+            h, w = max(int(h * (cell - 6) / max(h, w)), 1), max(int(w * (cell - 6) / max(h, w)), 1)
             strip[3:3 + h, i * cell + 3:i * cell + 3 + w] = cv2.resize(picture, (w, h), interpolation=cv2.INTER_AREA)
         strips.append(strip)
     return np.concatenate(strips)
+
+
+def save_picture(path, pictures, titles):
+    """Writes one row of pictures, uint8 (H, W, 3) RGB of one size, as a JPEG."""
+    sheet = contact_sheet([pictures], titles, cell=max(pictures[0].shape[:2]) + 6)
+    with atomic_write(path) as file:
+        Image.fromarray(sheet).save(file, format='JPEG', quality=90)
+
+
+def draw_curve(path, background_scores, miou, title):
+    """PNG of mIoU (percent) over the background score, its best point marked. False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.subplots()
+    best = miou.argmax()
+    axes.plot(background_scores, miou)
+    axes.plot(background_scores[best], miou[best], 'o',
+              label=f'best: {miou[best]:.2f} at {background_scores[best]:.2f}')
+    axes.set(xlabel='background score', ylabel='mIoU (%)', title=title)
+    axes.legend()
+    axes.grid(alpha=.3)
+    with atomic_write(path) as file:
+        figure.savefig(file, format='png', dpi=120)
+    return True
 
 
 def open_writer(tblog_dir, log):

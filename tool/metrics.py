@@ -1,0 +1,86 @@
+"""Measures of segmentation from counts of pixels, and of classification. K = 1 + number of classes; index K stands for
+values that are no class."""
+import numpy as np
+
+from tool.imutils import IGNORE
+
+
+def confusion(gt, pred, num_classes):
+    """int64 (K+1, K+1) pixel counts, rows ground truth, columns prediction. 255 in gt is left out."""
+    other = 1 + num_classes
+    counted = gt != IGNORE
+    gt, pred = np.minimum(gt[counted], other).astype(np.int64), np.minimum(pred[counted], other).astype(np.int64)
+    return np.bincount(gt * (other + 1) + pred, minlength=(other + 1) ** 2).reshape(other + 1, other + 1)
+
+
+def confusion_curve(gt, scores, thresholds, num_classes):
+    """int64 (thresholds, K+1, K+1): `confusion` of a CAM dict at each of the ascending background scores, in one pass.
+
+    A pixel belongs to its best class (the lowest of equals; absent classes compete with 0) where that score is
+    strictly above the threshold, compared in float32, and else to the background.
+    """
+    absent = [key for key in range(num_classes) if key not in scores][:1]       # of all with 0, the lowest wins
+    keys = sorted([*scores, *absent])
+    stack = np.stack([scores[key] if key in scores else np.zeros(gt.shape) for key in keys]).astype(np.float32)
+    best = np.array(keys)[stack.argmax(axis=0)]
+    # at how many of the thresholds, counted from the lowest, does the class win?
+    wins = np.searchsorted(thresholds.astype(np.float32), stack.max(axis=0), side='left')
+    counted = gt != IGNORE
+    bins = (len(thresholds) + 1, num_classes + 2, num_classes + 2)
+    index = np.ravel_multi_index((wins[counted], np.minimum(gt[counted], num_classes + 1), best[counted] + 1), bins)
+    histogram = np.bincount(index, minlength=np.prod(bins)).reshape(bins)
+    # the class wins at threshold number i where wins > i
+    curve = histogram[::-1].cumsum(axis=0)[::-1][1:]
+    curve[:, :, 0] = histogram.sum(axis=(0, 2)) - curve.sum(axis=2)
+    return curve
+
+
+def class_measures(matrix):
+    """Of int64 (..., K+1, K+1) confusion: IoU, and the false-positive and the false-negative share of the union,
+    each float64 (..., K) in percent. The three sum to 100; all are 0 for a class that is nowhere."""
+    true_positive = np.diagonal(matrix, axis1=-2, axis2=-1)
+    truth, prediction = matrix.sum(axis=-1), matrix.sum(axis=-2)
+    union = truth + prediction - true_positive + 1e-10
+    return tuple((count / union * 100)[..., :-1]
+                 for count in (true_positive, prediction - true_positive, truth - true_positive))
+
+
+def mean_measures(matrix):
+    """Of int64 (..., K+1, K+1) confusion: dict of float64 (...) in percent. mIoU, mFP (over-activation) and mFN
+    (under-activation) are means over all K classes, as in the reference; mIoU_present is the mean over those that
+    occur in the ground truth (fewer in a small data set); accuracy counts pixels."""
+    iou, false_positive, false_negative = class_measures(matrix)
+    present = matrix.sum(axis=-1)[..., :-1] > 0
+    pixels = np.maximum(matrix.sum(axis=(-2, -1)), 1)
+    return {'mIoU': iou.mean(axis=-1),
+            'mIoU_present': (iou * present).sum(axis=-1) / np.maximum(present.sum(axis=-1), 1),
+            'mFP': false_positive.mean(axis=-1), 'mFN': false_negative.mean(axis=-1),
+            'accuracy': np.trace(matrix, axis1=-2, axis2=-1) / pixels * 100}
+
+
+def average_precision(scores, labels):
+    """float64 (C,) in percent, nan for a class without images: how well each class's images are ranked first.
+    scores: (N, C); labels: (N, C) of 0 and 1."""
+    order = np.argsort(-scores, axis=0, kind='stable')
+    hits = np.take_along_axis(labels > 0, order, axis=0)                # (N, C), best score first
+    precision = hits.cumsum(axis=0) / np.arange(1, len(hits) + 1)[:, None]
+    with np.errstate(invalid='ignore'):
+        return (precision * hits).sum(axis=0) / hits.sum(axis=0) * 100
+
+
+class ClassificationMeter:
+    """Mean average precision over the images since the last `pop`; tensors of a GPU stay there until then."""
+
+    def __init__(self):
+        self._batches = []
+
+    def add(self, scores, labels):
+        """scores, labels: tensors (n, C) without gradient."""
+        self._batches.append((scores, labels))
+
+    def pop(self):
+        """Returns (mAP, the mAP of chance), in percent, and starts over."""
+        scores, labels = (np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*self._batches))
+        self._batches = []
+        share = labels.mean(axis=0)
+        return np.nanmean(average_precision(scores, labels)).item(), share[share > 0].mean().item() * 100

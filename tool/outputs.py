@@ -1,0 +1,144 @@
+"""Output folders of long runs: what is finished already, what may be skipped, and whether the disk will do."""
+import collections
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+
+from tqdm import tqdm
+
+from tool.pyutils import BadInput, atomic_write, make_dir
+
+SETTINGS = 'settings.json'
+# what a whole file of ours ends with: a pickle, a zip directory without comment, a PNG
+LAST_BYTES = {'.npy': b'.', '.npz': b'\0\0', '.png': b'IEND\xaeB`\x82'}
+
+
+def file_digest(path):
+    """Eight bytes of a file's blake2b, as hex: tells weight files of one name apart."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def open_folder(folder, flag, settings, overwrite):
+    """Creates an output folder, or takes up one that was made with the same settings (a dict for json).
+
+    Raises BadInput, naming the difference, for a folder of other settings; with `overwrite` it is taken over.
+    """
+    make_dir(folder, flag)
+    path = os.path.join(folder, SETTINGS)
+    settings = json.loads(json.dumps(settings))
+    if os.path.isfile(path) and not overwrite:
+        try:
+            with open(path, encoding='utf-8') as file:
+                before = json.load(file)
+            differ = [f'{key} was {before.get(key)}, is {settings.get(key)}'
+                      for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        except (ValueError, AttributeError) as error:
+            raise BadInput(f'cannot read {path} ({flag}): {error}; --overwrite makes the folder anew') from error
+        if differ:
+            raise BadInput(f'{folder} ({flag}) was made with other settings: {"; ".join(differ)}. Name another folder, '
+                           'or make it anew with --overwrite')
+    with atomic_write(path) as file:
+        file.write(json.dumps(settings, indent=1).encode())
+
+
+def is_whole(path):
+    """Whether an output file is there to its end; files are written elsewhere and renamed, but copies can be cut."""
+    end = LAST_BYTES[os.path.splitext(path)[1]]
+    try:
+        with open(path, 'rb') as file:
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() == end
+    except OSError:
+        return False
+
+
+class SkipBad:
+    """A dataset whose items may be the BadInput that reading them raised, for `Errors` to judge."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, number):
+        try:
+            return self.dataset[self.indices[number]]
+        except BadInput as error:
+            return error
+
+
+class Errors:
+    """What `--on_error` does with a BadInput: stop raises it, skip keeps it for the end."""
+
+    def __init__(self, on_error):
+        self.skip, self.lines = on_error == 'skip', []
+
+    def add(self, error):
+        if not self.skip:
+            raise error
+        self.lines.append(str(error))
+
+    def report(self):
+        """Lists what was skipped. Returns the exit code: 0, or 3 where something was."""
+        for line in self.lines:
+            tqdm.write(f'skipped: {line}')
+        return 3 if self.lines else 0
+
+
+class BoundedPool:
+    """Runs jobs in worker processes, so many ahead of their end as keep the workers busy and no more; with 0 workers
+    in this process. An error of a job is raised by a later call."""
+
+    def __init__(self, workers):
+        self._waiting, self._most = collections.deque(), 2 * workers
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context('spawn')) if workers else None
+
+    def __enter__(self):
+        return self
+
+    def submit(self, work, *args):
+        if self._pool is None:
+            work(*args)
+            return
+        self._waiting.append(self._pool.submit(work, *args))
+        while len(self._waiting) > self._most or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def __exit__(self, kind, *_):
+        if self._pool is None:
+            return
+        try:
+            while self._waiting and kind is None:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class SpaceCheck:
+    """Warns, from the size of the first outputs, when the disk will not hold them all."""
+
+    FIRST = 10
+
+    def __init__(self, count):
+        self._left, self._paths = count, []
+
+    def add(self, paths):
+        """paths: all outputs of one image, which may still be on their way."""
+        self._left -= 1
+        if self._paths is None:         # it has been said, or need not be
+            return
+        self._paths = (self._paths + paths)[:self.FIRST * len(paths)]
+        if len(self._paths) < self.FIRST * len(paths) or not all(map(os.path.isfile, self._paths)):
+            return
+        need = sum(map(os.path.getsize, self._paths)) / self.FIRST * self._left
+        free = shutil.disk_usage(os.path.dirname(paths[0])).free
+        if need > free:
+            tqdm.write(f'warning: the other {self._left} images will take about {need / 2 ** 30:.1f} GiB, '
+                       f'and {free / 2 ** 30:.1f} GiB are free')
+        self._paths = None
