@@ -1,5 +1,56 @@
 """Step 2: class activation maps over scales and mirrors, and their dense CRF. See the README."""
 import argparse
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
+    parser.add_argument('--infer_list', default='voc12/train.txt', help='images to work on')
+    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
+                        help='image-level labels; where the file is missing, the XML annotations are read')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    # network
+    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
+    parser.add_argument('--weights', required=True, help='trained .pth')
+    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network: less memory and time on a GPU')
+    # maps
+    parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
+                        help='factors of the image size (the scale table)')
+    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
+                        help='1: each scale is run with its mirror image; 0: without')
+    parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
+                        help='the map refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
+    parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
+    parser.add_argument('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
+                        help='background exponents of the CRF, one output folder each')
+    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
+                                                        'cores where a GPU runs the network, else 0')
+    # outputs
+    parser.add_argument('--out_cam', help='folder for the CAM dicts, NAME.npy')
+    parser.add_argument('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
+    parser.add_argument('--out_cam_pred', help='folder for label maps, NAME.png')
+    parser.add_argument('--out_cam_pred_alpha', default=0.26, type=float,
+                        help='background score of these label maps (not an exponent)')
+    parser.add_argument('--cam_dtype', default='float32', choices=['float32', 'float16'],
+                        help='of the CAM and CRF dicts; float16 takes half the space')
+    parser.add_argument('--cam_format', default='npy', choices=['npy', 'npz'],
+                        help="npy: the reference's pickled dicts; npz: compressed, without pickle, slower to write")
+    parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
+    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
+    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
+                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    return parser
+
+
+if __name__ == '__main__':
+    ARGS = get_args_parser().parse_args()       # before the imports below, which take seconds: --help is there at once
+
 import os
 import sys
 
@@ -103,52 +154,6 @@ def label_map(cam_dict, background_score):
     return np.array([0] + [key + 1 for key in cam_dict], np.uint8)[scores.argmax(axis=0)]
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
-    parser.add_argument('--infer_list', default='voc12/train.txt', help='images to work on')
-    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels; where the file is missing, the XML annotations are read')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
-    # network
-    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network: less memory and time on a GPU')
-    # maps
-    parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
-                        help='factors of the image size (the scale table)')
-    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
-                        help='1: each scale is run with its mirror image; 0: without')
-    parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
-                        help='the map refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
-    parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
-    parser.add_argument('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
-                        help='background exponents of the CRF, one output folder each')
-    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
-                                                        'cores where a GPU runs the network, else 0')
-    # outputs
-    parser.add_argument('--out_cam', help='folder for the CAM dicts, NAME.npy')
-    parser.add_argument('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
-    parser.add_argument('--out_cam_pred', help='folder for label maps, NAME.png')
-    parser.add_argument('--out_cam_pred_alpha', default=0.26, type=float,
-                        help='background score of these label maps (not an exponent)')
-    parser.add_argument('--cam_dtype', default='float32', choices=['float32', 'float16'],
-                        help='of the CAM and CRF dicts; float16 takes half the space')
-    parser.add_argument('--cam_format', default='npy', choices=['npy', 'npz'],
-                        help="npy: the reference's pickled dicts; npz: compressed, without pickle, slower to write")
-    parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
-    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
-    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
-    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
-                        help='skip: go on past a bad image, list it at the end, exit code 3')
-    return parser
-
-
 def check_args(args):
     if not (args.out_cam or args.out_crf or args.out_cam_pred):
         raise BadInput('nothing to write: give --out_cam, --out_crf or --out_cam_pred')
@@ -240,4 +245,4 @@ def main(args):
 
 if __name__ == '__main__':
     with exit_on_bad_input():
-        main(get_args_parser().parse_args())
+        main(ARGS)

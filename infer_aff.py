@@ -1,5 +1,51 @@
 """Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
 import argparse
+
+from tool.pyutils import str2bool
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
+    parser.add_argument('--cam_dir', required=True,
+                        help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    # network
+    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
+    parser.add_argument('--weights', required=True, help='trained .pth')
+    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network: less memory and time on a GPU')
+    # random walk
+    parser.add_argument('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
+    parser.add_argument('--beta', default=8, type=int,
+                        help='exponent of the affinities: the higher, the more weak ones are suppressed')
+    parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
+    parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
+                        help='one iteration of the dense CRF on the result')
+    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
+                                                        'cores where a GPU runs the network, else 0')
+    # outputs
+    parser.add_argument('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
+    parser.add_argument('--ignore_below', default=0.0, type=float,
+                        help='write 255 where the winning class has less than this share of the scores')
+    parser.add_argument('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
+                        help='write 255 where the labels of these two CRF folders of infer_SEAM.py differ')
+    parser.add_argument('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
+    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
+    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
+                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    return parser
+
+
+if __name__ == '__main__':
+    ARGS = get_args_parser().parse_args()       # before the imports below, which take seconds: --help is there at once
+
 import os
 import sys
 import warnings
@@ -16,7 +62,7 @@ from tool import imutils, visualization
 from tool.outputs import BoundedPool, Errors, SkipBad, file_digest, is_whole, open_folder
 from tool.pairs import fit_radius, pair_indices
 from tool.pyutils import (BadInput, available_cores, check_dir, check_file, check_range, exit_on_bad_input,
-                          import_network, make_dir, str2bool)
+                          import_network, make_dir)
 from tool.torchutils import autocast, get_device, get_rank
 from voc12.data import STRIDE, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
@@ -100,45 +146,6 @@ def write_labels(name, scores, present, img, args, num_classes):
     imutils.save_label_map(os.path.join(args.out_rw, name + '.png'), labels)
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
-    parser.add_argument('--cam_dir', required=True,
-                        help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
-    # network
-    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
-    parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network: less memory and time on a GPU')
-    # random walk
-    parser.add_argument('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
-    parser.add_argument('--beta', default=8, type=int,
-                        help='exponent of the affinities: the higher, the more weak ones are suppressed')
-    parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
-    parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
-                        help='one iteration of the dense CRF on the result')
-    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
-                                                        'cores where a GPU runs the network, else 0')
-    # outputs
-    parser.add_argument('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
-    parser.add_argument('--ignore_below', default=0.0, type=float,
-                        help='write 255 where the winning class has less than this share of the scores')
-    parser.add_argument('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
-                        help='write 255 where the labels of these two CRF folders of infer_SEAM.py differ')
-    parser.add_argument('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
-    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
-    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
-    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
-                        help='skip: go on past a bad image, list it at the end, exit code 3')
-    return parser
-
-
 def check_args(args):
     check_range(args, 0, 256, 'num_workers', 'beta')
     check_range(args, 0, 20, 'logt')
@@ -219,4 +226,4 @@ def main(args):
 
 if __name__ == '__main__':
     with exit_on_bad_input():
-        main(get_args_parser().parse_args())
+        main(ARGS)

@@ -1,5 +1,52 @@
 """Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    parser.add_argument('--train_list', default='voc12/train_aug.txt', help='training images')
+    parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
+    parser.add_argument('--la_crf_dir', required=True, help='CRF scores of the low alpha: <out_crf>_4.0')
+    parser.add_argument('--ha_crf_dir', required=True, help='CRF scores of the high alpha: <out_crf>_24.0')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
+    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    # network
+    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
+    # optimisation
+    parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
+    parser.add_argument('--accum', default=1, type=int,
+                        help='parts that a batch goes through the network in, for less memory at the same gradient')
+    parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
+    parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
+    parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
+    parser.add_argument('--momentum', type=float,
+                        help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    # the machine
+    parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
+    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network, float32 losses: less memory and time on a GPU')
+    parser.add_argument('--checkpointing', action='store_true',
+                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
+    # outputs
+    parser.add_argument('--session_name', default='resnet38_aff',
+                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
+    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
+                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
+    parser.add_argument('--save_every', default=1000, type=int,
+                        help='steps between checkpoints, which are also written after every epoch')
+    return parser
+
+
+if __name__ == '__main__':
+    ARGS = get_args_parser().parse_args()       # before the imports below, which take seconds: --help is there at once
+
 import itertools
 import sys
 
@@ -48,48 +95,6 @@ def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
 
 
 # ----- the script -----
-
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    parser.add_argument('--train_list', default='voc12/train_aug.txt', help='training images')
-    parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
-    parser.add_argument('--la_crf_dir', required=True, help='CRF scores of the low alpha: <out_crf>_4.0')
-    parser.add_argument('--ha_crf_dir', required=True, help='CRF scores of the high alpha: <out_crf>_24.0')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
-    # network
-    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
-    # optimisation
-    parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
-    parser.add_argument('--accum', default=1, type=int,
-                        help='parts that a batch goes through the network in, for less memory at the same gradient')
-    parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
-    parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
-    parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
-    parser.add_argument('--momentum', type=float,
-                        help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
-    # the machine
-    parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
-    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network, float32 losses: less memory and time on a GPU')
-    parser.add_argument('--checkpointing', action='store_true',
-                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
-    # outputs
-    parser.add_argument('--session_name', default='resnet38_aff',
-                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
-    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
-                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
-    parser.add_argument('--save_every', default=1000, type=int,
-                        help='steps between checkpoints, which are also written after every epoch')
-    return parser
-
 
 def check_args(args):
     if args.crop_size % STRIDE or args.crop_size < 5 * STRIDE:      # on 4 x 4 cells no two form a pair
@@ -207,4 +212,4 @@ def main(args):
 
 if __name__ == '__main__':
     with exit_on_bad_input():
-        main(get_args_parser().parse_args())
+        main(ARGS)

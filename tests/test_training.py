@@ -147,7 +147,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(data, script):
             patch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
             done(run(data, script, *flags(script, f'accum{accum}', '--accum', accum, '--lr', 1e-3)))
         results.append(weights(data / f'accum{accum}.pth'))
-    assert distance(*results, start) < 1e-4
+    assert distance(*results, start) < 1e-3       # a wrong factor makes this 0.1 and more
 
 
 @pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
@@ -170,7 +170,7 @@ def test_two_ranks_equal_one(data, script, tmp_path):
         assert result.stdout.count('Iter:    0/    6') == 1         # rank 0 alone prints
         results.append(weights(data / f'ranks{ranks}.pth'))
     start = weights(data / ('seam_start.pth' if script == 'train_SEAM' else 'aff_start.pth'))
-    assert distance(*results, start) < 1e-4
+    assert distance(*results, start) < 1e-3       # a wrong factor makes this 0.1 and more
 
 
 def test_batch_that_does_not_divide(data):

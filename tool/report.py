@@ -2,6 +2,7 @@
 
     python tool/report.py trivial --cam_dir CAMS --out_dir DIR          label maps that know nothing but the labels
     python tool/report.py table --logfile evallog.txt                   what evaluation.py has logged, as a table
+    python tool/report.py tables --logfile LOG --out PREFIX             the tables of tool/tables.sh, as CSV and markdown
     python tool/report.py picture --out result.png ...                  image, ground truth and results, side by side
 """
 import argparse
@@ -18,13 +19,19 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tool import imutils, visualization
 from tool.pyutils import atomic_write, exit_on_bad_input, make_dir
 
+MEASURES = ('mIoU', 'mIoU_present', 'mFP', 'mFN', 'accuracy')
+# mIoU on VOC 2012 train
+PUBLISHED = {('1', 'baseline'): 47.43, ('1', '+ hard-example mining (SEAM)'): 55.41, ('1', '+ CRF'): 56.83,
+             ('1', 'random walk'): 63.61, ('transform', 'rescale'): 55.41, ('scale', 'all'): 55.41,
+             ('refinement', 'CAM'): 47.43, ('refinement', 'SEAM'): 55.41}
+
 
 def write_trivial(args):
     """For each CAM dict, two label maps: all background, and the image's first class everywhere."""
     for kind in ('background', 'labels'):
         folder = os.path.join(args.out_dir, kind)
         make_dir(folder, '--out_dir')
-        for file in sorted(os.listdir(args.cam_dir)):
+        for file in sorted(name for name in os.listdir(args.cam_dir) if name.endswith('.npy')):
             cam_dict = imutils.load_scores(os.path.join(args.cam_dir, file), '--cam_dir', 'cam')
             key, cam = next(iter(cam_dict.items()))
             labels = np.full(cam.shape, key + 1 if kind == 'labels' else 0)
@@ -51,6 +58,34 @@ def print_table(args):
             best = int(np.argmax(present))
             miou, present, score = miou[best], present[best], f'{numbers["t"][best]:.2f}'
         print(f'| {comment} | {score} | {miou:.1f} | {present:.1f} |')
+
+
+def write_tables(args):
+    """The tables of tool/tables.sh from the log, whose comments are `table | row | seed`: a CSV of all numbers, and a
+    markdown table with mean and standard deviation over the seeds beside what is published."""
+    rows = {}       # (table, row) -> list of dicts, one a seed
+    for comment, numbers in read_log(args.logfile):
+        table, row, seed = comment.split(' | ')
+        best = int(np.argmax(numbers['mIoU'])) if isinstance(numbers['mIoU'], list) else None
+        result = {key: numbers[key] if best is None else numbers[key][best] for key in MEASURES}
+        rows.setdefault((table, row), []).append({'seed': seed, 't': '' if best is None else numbers['t'][best], **result})
+    csv_lines = ['table,row,seed,background_score,' + ','.join(MEASURES)]
+    text = []
+    for (table, row), results in rows.items():
+        csv_lines += [f'{table},"{row}",{r["seed"]},{r["t"]},' + ','.join(f'{r[key]:.4f}' for key in MEASURES)
+                      for r in results]
+        if not any(f'**Table: {table}**' in line for line in text):
+            text += ['', f'**Table: {table}** ({len(results)} seeds)', '',
+                     '| row | background score | mIoU | mIoU, classes present | mFP | mFN | published |',
+                     '|---|---|---|---|---|---|---|']
+        scores = ', '.join(f'{r["t"]:.2f}' for r in results if r['t'] != '')
+        cells = [f'{np.mean(values):.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
+                 for values in ([r[key] for r in results] for key in ('mIoU', 'mIoU_present', 'mFP', 'mFN'))]
+        text.append(f'| {row} | {scores} | {" | ".join(cells)} | {PUBLISHED.get((table, row.split(",")[0]), "see the paper")} |')
+    for end, lines in (('.csv', csv_lines), ('.md', text[1:])):
+        with atomic_write(args.out + end) as file:
+            file.write('\n'.join(lines + ['']).encode())
+    print('\n'.join(text[1:]))
 
 
 def draw_picture(args):
@@ -85,6 +120,10 @@ def get_args_parser():
     table = commands.add_parser('table')
     table.add_argument('--logfile', required=True, help='log file of evaluation.py')
     table.set_defaults(main=print_table)
+    tables = commands.add_parser('tables')
+    tables.add_argument('--logfile', required=True, help='log file of evaluation.py, written by tool/tables.sh')
+    tables.add_argument('--out', required=True, help='prefix of the .csv and .md to write')
+    tables.set_defaults(main=write_tables)
     picture = commands.add_parser('picture')
     picture.add_argument('--voc12_root', required=True, help='data root, with JPEGImages/ and SegmentationClass/')
     picture.add_argument('--list', required=True, help='image names, one a line')
