@@ -200,12 +200,12 @@ def main(args):
                  *((folder, '.' + args.cam_format) for folder in crf_dirs))]
 
     names = dataset.img_name_list
-    todo = [index for index, name in enumerate(names)
-            if args.overwrite or not all(is_whole(path) for path in outputs(name) if path)]
-    if len(todo) < len(names):
-        print(f'{len(names) - len(todo)} of {len(names)} images are finished')
     rank, ranks = get_rank()
-    todo = todo[rank::ranks]
+    mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
+    todo = [index for index in mine
+            if args.overwrite or not all(is_whole(path) for path in outputs(names[index]) if path)]
+    if len(todo) < len(mine):
+        print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == 'cuda')
     workers = args.crf_workers
@@ -218,7 +218,7 @@ def main(args):
 
     # ----- inference -----
     with BoundedPool(workers if crf_dirs else 0) as pool:
-        for item in tqdm(loader, desc='CAM', dynamic_ncols=True):
+        for item in tqdm(loader, desc='CAM', dynamic_ncols=True, disable=None):
             if isinstance(item, BadInput):
                 errors.add(item)
                 continue

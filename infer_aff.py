@@ -178,12 +178,12 @@ def main(args):
     settings = {key: getattr(args, key) for key in ('network', 'cam_dir', 'alpha', 'beta', 'logt', 'crf', 'amp',
                                                     'ignore_below', 'ignore_crf')}
     open_folder(args.out_rw, '--out_rw', {**settings, 'weights': file_digest(args.weights)}, args.overwrite)
-    todo = [index for index, name in enumerate(names)
-            if args.overwrite or not is_whole(os.path.join(args.out_rw, name + '.png'))]
-    if len(todo) < len(names):
-        print(f'{len(names) - len(todo)} of {len(names)} images are finished')
     rank, ranks = get_rank()
-    loader = DataLoader(SkipBad(dataset, todo[rank::ranks]), batch_size=None, num_workers=args.num_workers,
+    mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
+    todo = [index for index in mine if args.overwrite or not is_whole(os.path.join(args.out_rw, names[index] + '.png'))]
+    if len(todo) < len(mine):
+        print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')
+    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == 'cuda')
     workers = args.crf_workers
     if workers is None:
@@ -195,7 +195,7 @@ def main(args):
 
     # ----- inference -----
     with BoundedPool(workers if args.crf else 0) as pool:
-        for item in tqdm(loader, desc='random walk', dynamic_ncols=True):
+        for item in tqdm(loader, desc='random walk', dynamic_ncols=True, disable=None):
             try:
                 if isinstance(item, BadInput):
                     raise item

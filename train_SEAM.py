@@ -329,7 +329,7 @@ def main(args):
 
     try:
         with StopOnSignal() as stop:
-            for names, img, label in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0):
+            for names, img, label in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0 or None):
                 step = optimizer.global_step
                 set_seed(args.seed, step, get_rank()[0])
                 img, label = img.to(device, non_blocking=True), label.to(device, non_blocking=True)

@@ -174,7 +174,7 @@ def main(args):
 
     try:
         with StopOnSignal() as stop:
-            for names, img, labels in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0):
+            for names, img, labels in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0 or None):
                 step = optimizer.global_step
                 set_seed(args.seed, step, get_rank()[0])
                 img, *labels = (tensor.to(device, non_blocking=True) for tensor in (img, *labels))
