@@ -28,8 +28,10 @@ def get_args_parser():
     parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
     parser.add_argument('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
                         help='background exponents of the CRF, one output folder each')
-    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
-                                                        'cores where a GPU runs the network, else 0')
+    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
+                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
+    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
+                                                        'all cores where a GPU runs the network, else 0')
     # outputs
     parser.add_argument('--out_cam', help='folder for the CAM dicts, NAME.npy')
     parser.add_argument('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
@@ -130,19 +132,20 @@ def normalize_cam(cam):
     return (cam - minimum - 1e-5) / (maximum - minimum + 1e-5)
 
 
-def crf_with_alphas(cam_dict, alphas, orig_img):
+def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cpu'):
     """For each alpha, the CRF scores {0: background, class + 1: ...} of a CAM dict {class: (H, W)}; orig_img uint8
     (H, W, 3). The background score is (1 - the largest map)^alpha: the higher alpha, the less background."""
     maps = np.stack(list(cam_dict.values()))
     with np.errstate(over='ignore'):    # a nearly flat map can be far below 0; the CRF clips the score to 1
         backgrounds = [np.power(1 - maps.max(axis=0, keepdims=True), alpha) for alpha in alphas]
-    posteriors = imutils.crf_inferences(orig_img, [np.concatenate([background, maps]) for background in backgrounds])
+    posteriors = imutils.crf_inferences(orig_img, [np.concatenate([background, maps]) for background in backgrounds],
+                                        backend=backend, device=device)
     return [dict(zip([0] + [key + 1 for key in cam_dict], posterior)) for posterior in posteriors]
 
 
-def write_crf(cam_dict, alphas, orig_img, paths, dtype):
+def write_crf(cam_dict, alphas, orig_img, paths, dtype, backend, device):
     """Writes the CRF scores of one image, a file for each alpha; the job of a worker process."""
-    for path, scores in zip(paths, crf_with_alphas(cam_dict, alphas, orig_img)):
+    for path, scores in zip(paths, crf_with_alphas(cam_dict, alphas, orig_img, backend, device)):
         imutils.save_scores(path, scores, dtype)
 
 
@@ -160,16 +163,15 @@ def check_args(args):
     check_range(args, 0.01, 100, 'scales', 'crf_alpha')
     check_range(args, 0, 256, 'num_workers')
     check_file(args.weights, '--weights')
-    if args.out_crf:
-        if len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
-            raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
-        imutils.check_crf('--out_crf')
+    if args.out_crf and len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
+        raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
 
 
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     device = get_device(args.device, args.tf32)
+    backend = imutils.choose_crf_backend(args.crf_backend) if args.out_crf else None
     crf_dirs = [f'{args.out_crf}_{alpha:.1f}' for alpha in args.crf_alpha] if args.out_crf else []
 
     # ----- data and network -----
@@ -185,7 +187,7 @@ def main(args):
     # ----- outputs: what is finished is left alone -----
     settings = {key: getattr(args, key) for key in ('network', 'scales', 'flip', 'map', 'pcm', 'amp')}
     settings.update(weights=file_digest(args.weights), class_names=class_names)
-    dicts = {'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}
+    dicts = {'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}     # the CRF backends are equal
     for folder, flag, more in ((args.out_cam, '--out_cam', dicts),
                                (args.out_cam_pred, '--out_cam_pred', {'background_score': args.out_cam_pred_alpha}),
                                *((folder, '--out_crf', {**dicts, 'alpha': alpha})
@@ -211,13 +213,15 @@ def main(args):
     workers = args.crf_workers
     if workers is None:
         workers = available_cores() if device.type == 'cuda' else 0
+    if not crf_dirs or backend == 'torch':
+        workers = 0
     pictured = set(names[:args.vis_count]) if args.vis_dir else ()
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     errors, space = Errors(args.on_error), SpaceCheck(len(todo))
 
     # ----- inference -----
-    with BoundedPool(workers if crf_dirs else 0) as pool:
+    with BoundedPool(workers) as pool:
         for item in tqdm(loader, desc='CAM', dynamic_ncols=True, disable=None):
             if isinstance(item, BadInput):
                 errors.add(item)
@@ -233,7 +237,8 @@ def main(args):
             if label_path:
                 imutils.save_label_map(label_path, label_map(cam_dict, args.out_cam_pred_alpha))
             if crf_paths:
-                pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, crf_paths, args.cam_dtype)
+                pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, crf_paths, args.cam_dtype,
+                            backend, device)
             space.add([path for path in outputs(name) if path])
             if name in pictured:
                 visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [

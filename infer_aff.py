@@ -27,8 +27,10 @@ def get_args_parser():
     parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
     parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
                         help='one iteration of the dense CRF on the result')
-    parser.add_argument('--crf_workers', type=int, help='processes for the CRF, 0 for none of its own; not given: all '
-                                                        'cores where a GPU runs the network, else 0')
+    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
+                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
+    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
+                                                        'all cores where a GPU runs the network, else 0')
     # outputs
     parser.add_argument('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
     parser.add_argument('--ignore_below', default=0.0, type=float,
@@ -128,7 +130,7 @@ def uncertain(name, scores, args):
     return mask
 
 
-def write_labels(name, scores, present, img, args, num_classes):
+def write_labels(name, scores, present, img, args, num_classes, backend, device):
     """Writes the pseudo label of one image; the job of a worker process where there is a CRF.
 
     scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
@@ -137,7 +139,8 @@ def write_labels(name, scores, present, img, args, num_classes):
     if args.crf:        # with all classes, as in the reference: the absent ones have score 0
         everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
         everything[present] = scores
-        scores = imutils.crf_inference(imutils.denormalize(img), everything, t=1)[present]
+        scores = imutils.crf_inference(imutils.denormalize(img), everything, t=1, backend=backend,
+                                       device=device)[present]
     orig_img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
     h, w = orig_img.shape[:2]
     scores = scores[:, :h, :w]
@@ -154,8 +157,6 @@ def check_args(args):
     check_dir(args.cam_dir, '--cam_dir')
     for folder in args.ignore_crf or ():
         check_dir(folder, '--ignore_crf')
-    if args.crf:
-        imutils.check_crf('--crf')
 
 
 @torch.inference_mode()
@@ -163,6 +164,8 @@ def main(args):
     check_args(args)
     num_classes = len(load_class_names(args.class_names))
     device = get_device(args.device, args.tf32)
+
+    backend = imutils.choose_crf_backend(args.crf_backend) if args.crf else None
 
     # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root,
@@ -188,13 +191,15 @@ def main(args):
     workers = args.crf_workers
     if workers is None:
         workers = available_cores() if device.type == 'cuda' else 0
+    if not args.crf or backend == 'torch':
+        workers = 0
     pictured = names[:args.vis_count] if args.vis_dir else []
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     errors = Errors(args.on_error)
 
     # ----- inference -----
-    with BoundedPool(workers if args.crf else 0) as pool:
+    with BoundedPool(workers) as pool:
         for item in tqdm(loader, desc='random walk', dynamic_ncols=True, disable=None):
             try:
                 if isinstance(item, BadInput):
@@ -214,7 +219,8 @@ def main(args):
             scores = random_walk(scores, aff.float(), radius, args.beta, args.logt)
             scores = F.interpolate(scores[None], size, mode='bilinear', align_corners=False)[0].cpu().numpy()
             present = [0] + [key + 1 for key in sorted(cam_dict)]
-            pool.submit(write_labels, name, scores, present, img[0].numpy(), args, num_classes)
+            pool.submit(write_labels, name, scores, present, img[0].numpy(), args, num_classes,
+                        backend, device)
     for name in pictured:
         path = os.path.join(args.out_rw, name + '.png')
         if os.path.isfile(path):        # of another rank, or skipped

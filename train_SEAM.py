@@ -31,7 +31,8 @@ def get_args_parser():
                         help='share of the values, the hardest, that ECR counts; 1: no hard-example mining (table 1)')
     parser.add_argument('--pcm', default='on', choices=['on', 'off'],
                         help='off: the refined map is the plain CAM (table 1)')
-    parser.add_argument('--transform', default=['rescale'], nargs='+', choices=['rescale', 'flip', 'rotation', 'translation'],
+    parser.add_argument('--transform', default=['rescale'], nargs='+',
+                        choices=['rescale', 'flip', 'rotation', 'translation'],
                         help='what makes the second view, and its CAMs are to follow (the transform table)')
     parser.add_argument('--scale_factor', default=0.3, type=float, help='of the second view, with --transform rescale')
     parser.add_argument('--max_rotation', default=20.0, type=float, help='degrees, with --transform rotation')

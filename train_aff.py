@@ -71,7 +71,7 @@ from voc12.lists import load_class_names
 # ----- the objective -----
 
 def pair_counts(labels):
-    """float32 (3,): how many pairs of background, of foreground, and different. labels: the three (N, offsets, from)."""
+    """float32 (3,): how many pairs are background, foreground, different. labels: the three (N, offsets, from)."""
     return torch.stack([label.sum() for label in labels])
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import infer_aff
 import infer_SEAM
 from conftest import ROOT
 from network import slim_aff, slim_SEAM
 from test_scripts import AFF, SEAM, done, refused, run
 from tool import imutils, outputs, torchutils
+from tool.pyutils import BadInput
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
@@ -144,6 +144,23 @@ def test_crf_workers_write_the_same_bytes(data, tmp_path):
     done(cams(data, '--out_crf', tmp_path / 'crf', '--crf_workers', 2))
     for alpha in ('4.0', '24.0'):
         assert contents(tmp_path / f'crf_{alpha}') == contents(data / f'crf_{alpha}')
+
+
+def test_crf_in_torch_gives_the_same_scores(data, tmp_path):
+    done(cams(data, '--out_crf', tmp_path / 'crf', '--crf_backend', 'torch'))
+    for name in names_of(data):
+        for alpha in ('4.0', '24.0'):
+            ours, theirs = (imutils.load_scores(str(folder / f'crf_{alpha}/{name}.npy'), '', 'crf')
+                            for folder in (tmp_path, data))
+            assert list(ours) == list(theirs) and max(np.abs(ours[key] - theirs[key]).max() for key in ours) < 1e-3
+
+
+def test_without_pydensecrf_the_crf_runs_in_torch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'pydensecrf', None)
+    monkeypatch.setitem(sys.modules, 'pydensecrf.densecrf', None)
+    assert imutils.choose_crf_backend(None) == 'torch' and 'pydensecrf' in capsys.readouterr().out
+    with pytest.raises(BadInput, match='--crf_backend torch'):
+        imutils.choose_crf_backend('pydensecrf')
 
 
 def test_error_in_a_worker_is_raised_and_no_more_is_submitted():

@@ -76,6 +76,6 @@ score --predict_dir $out/rw --type png --comment "random walk"
 
 step "Result, seed $seed, $((SECONDS / 60)) min $((SECONDS % 60)) s"
 run tool/report.py table --logfile $out/evallog.txt
-run tool/report.py picture --voc12_root $out/VOC2012 --list $list --plain_dir $out/plain_cam --cam_dir $out/cam \
-    --crf_dir $out/crf_8.0 --rw_dir $out/rw --out $out/result.png
+run tool/visualization.py --voc12_root $out/VOC2012 --list $list --cam_dir $out/plain_cam $out/cam \
+    --crf_dir $out/crf_8.0 --label_dir $out/rw --out $out/result.png
 echo "The picture: $out/result.png"

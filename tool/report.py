@@ -1,9 +1,8 @@
-"""The demo's table and picture, and the trivial answers that they are compared with.
+"""Tables of results, and the trivial answers that they are compared with.
 
     python tool/report.py trivial --cam_dir CAMS --out_dir DIR          label maps that know nothing but the labels
     python tool/report.py table --logfile evallog.txt                   what evaluation.py has logged, as a table
-    python tool/report.py tables --logfile LOG --out PREFIX             the tables of tool/tables.sh, as CSV and markdown
-    python tool/report.py picture --out result.png ...                  image, ground truth and results, side by side
+    python tool/report.py tables --logfile LOG --out PREFIX             those of tool/tables.sh, as CSV and markdown
 """
 import argparse
 import ast
@@ -11,12 +10,11 @@ import os
 import sys
 
 import numpy as np
-from PIL import Image
 
 # `python tool/report.py` puts tool/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool import imutils, visualization
+from tool import imutils
 from tool.pyutils import atomic_write, exit_on_bad_input, make_dir
 
 MEASURES = ('mIoU', 'mIoU_present', 'mFP', 'mFN', 'accuracy')
@@ -68,7 +66,8 @@ def write_tables(args):
         table, row, seed = comment.split(' | ')
         best = int(np.argmax(numbers['mIoU'])) if isinstance(numbers['mIoU'], list) else None
         result = {key: numbers[key] if best is None else numbers[key][best] for key in MEASURES}
-        rows.setdefault((table, row), []).append({'seed': seed, 't': '' if best is None else numbers['t'][best], **result})
+        result.update(seed=seed, t='' if best is None else numbers['t'][best])
+        rows.setdefault((table, row), []).append(result)
     csv_lines = ['table,row,seed,background_score,' + ','.join(MEASURES)]
     text = []
     for (table, row), results in rows.items():
@@ -81,33 +80,12 @@ def write_tables(args):
         scores = ', '.join(f'{r["t"]:.2f}' for r in results if r['t'] != '')
         cells = [f'{np.mean(values):.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
                  for values in ([r[key] for r in results] for key in ('mIoU', 'mIoU_present', 'mFP', 'mFN'))]
-        text.append(f'| {row} | {scores} | {" | ".join(cells)} | {PUBLISHED.get((table, row.split(",")[0]), "see the paper")} |')
+        published = PUBLISHED.get((table, row.split(',')[0]), 'see the paper')
+        text.append(f'| {row} | {scores} | {" | ".join(cells)} | {published} |')
     for end, lines in (('.csv', csv_lines), ('.md', text[1:])):
         with atomic_write(args.out + end) as file:
             file.write('\n'.join(lines + ['']).encode())
     print('\n'.join(text[1:]))
-
-
-def draw_picture(args):
-    """A contact sheet, one row per name: image, ground truth, plain CAM, SEAM CAM, CRF, pseudo label."""
-    with open(args.list, encoding='utf-8') as file:
-        names = file.read().split()
-    rows = []
-    for name in names[:args.count]:
-        img = np.asarray(imutils.read_image(os.path.join(args.voc12_root, 'JPEGImages', name + '.jpg')))
-        cams = [imutils.load_scores(os.path.join(folder, name + '.npy'), flag, 'cam')
-                for folder, flag in ((args.plain_dir, '--plain_dir'), (args.cam_dir, '--cam_dir'))]
-        crf = imutils.load_scores(os.path.join(args.crf_dir, name + '.npy'), '--crf_dir', 'crf')
-        gt = imutils.read_label_map(os.path.join(args.voc12_root, 'SegmentationClass', name + '.png'), '--voc12_root')
-        walk = imutils.read_label_map(os.path.join(args.rw_dir, name + '.png'), '--rw_dir')
-        rows.append([img, visualization.labels_on_image(img, gt),
-                     *(visualization.cam_on_image(img, np.stack(list(cam.values())).max(axis=0)) for cam in cams),
-                     visualization.labels_on_image(img, imutils.strongest_label(crf)),
-                     visualization.labels_on_image(img, walk)])
-    titles = ['image', 'ground truth', 'plain CAM', 'SEAM CAM', 'SEAM + CRF', 'random walk']
-    sheet = visualization.contact_sheet(rows, titles)
-    with atomic_write(args.out) as file:
-        Image.fromarray(sheet).save(file, format='PNG', optimize=True)
 
 
 def get_args_parser():
@@ -124,16 +102,6 @@ def get_args_parser():
     tables.add_argument('--logfile', required=True, help='log file of evaluation.py, written by tool/tables.sh')
     tables.add_argument('--out', required=True, help='prefix of the .csv and .md to write')
     tables.set_defaults(main=write_tables)
-    picture = commands.add_parser('picture')
-    picture.add_argument('--voc12_root', required=True, help='data root, with JPEGImages/ and SegmentationClass/')
-    picture.add_argument('--list', required=True, help='image names, one a line')
-    picture.add_argument('--count', default=5, type=int, help='how many of them')
-    picture.add_argument('--plain_dir', required=True, help='CAM dicts of the plain classifier')
-    picture.add_argument('--cam_dir', required=True, help='CAM dicts of SEAM')
-    picture.add_argument('--crf_dir', required=True, help='CRF dicts')
-    picture.add_argument('--rw_dir', required=True, help='pseudo labels of the random walk')
-    picture.add_argument('--out', required=True, help='PNG to write')
-    picture.set_defaults(main=draw_picture)
     return parser
 
 

@@ -1,20 +1,19 @@
 # Sourced by tool/demo.sh and tests/run.sh, from the repository root. Sets $PYTHON to an interpreter in which all
 # the packages import: the one given in $PYTHON, the python3 on the path, or .venv, which is made where need be.
 
-imports="import cv2, numpy, PIL, pydensecrf.densecrf, pytest, scipy, torch, torchvision, tqdm"
+imports="import cv2, numpy, PIL, pytest, scipy, torch, torchvision, tqdm"
 
 complete() { "$1" -c "$imports" >/dev/null 2>&1; }
 
-find_python() {     # prints the first interpreter that pydensecrf2 builds on
+find_python() {     # prints the first interpreter that will do; pydensecrf2 builds on 3.11 and 3.12
     local candidate
     for candidate in python3.12 python3.11 python3 python; do
-        if "$candidate" -c 'import sys, venv, ensurepip
-sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "No Python 3.11 or 3.12 with the venv module was found on the path; pydensecrf2 builds on these two." >&2
+    echo "No Python from 3.11 on with the venv module was found on the path." >&2
     return 1
 }
 
@@ -26,10 +25,11 @@ make_venv() {
         "$base" -m venv .venv || return 1
     fi
     echo "Installing requirements.txt into .venv (a few minutes) ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest || {
-        echo "pip could not install requirements.txt; if a C++ compiler (g++) is missing, install one." >&2
-        return 1
-    }
+    local pip=".venv/bin/python -m pip install --quiet --disable-pip-version-check"
+    $pip pytest $(sed -n 's/^\([a-z-]*[><][^ ]*\).*/\1/p' requirements.txt) || return 1
+    # pydensecrf2 is built from source
+    $pip -r requirements.txt || echo "pydensecrf2 could not be built: is there a C++ compiler (g++)?" \
+        "Everything works without it; the CRF runs in PyTorch, see --crf_backend." >&2
     if ! .venv/bin/python -c "import cv2" >/dev/null 2>&1; then
         echo "opencv-python does not import here (no display libraries?); taking opencv-python-headless ..."
         .venv/bin/python -m pip uninstall --quiet --yes opencv-python

@@ -1,10 +1,23 @@
-"""Pictures: CAMs on images, label maps in colour, contact sheets, TensorBoard. No loss imports this."""
+"""Pictures: CAMs on images, label maps in colour, contact sheets, TensorBoard. No loss imports this.
+
+    python tool/visualization.py --voc12_root VOC2012 --list LIST --out sheet.png \\
+        --cam_dir plain_cam cam --crf_dir crf_4.0 crf_24.0 --label_dir out_rw
+
+draws the results of finished folders side by side: a row for each of the first images of the list.
+"""
+import argparse
+import os
+import sys
+
 import cv2
 import numpy as np
 from PIL import Image
 
+# `python tool/visualization.py` puts tool/ on the path, not the repository root
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 from tool import imutils
-from tool.pyutils import atomic_write
+from tool.pyutils import atomic_write, check_dir, check_file, exit_on_bad_input
 
 
 def normalize_for_picture(cam):
@@ -94,3 +107,58 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
         maps = normalize_for_picture(scores.detach().float().cpu().numpy()[1:][present])
         overlays = [cam_on_image(orig_img, class_map) for class_map in maps]
         writer.add_image(name, np.concatenate(overlays, axis=1), step, dataformats='HWC')
+
+
+# ----- the command -----
+
+def draw_row(name, args):
+    """uint8 (H, W, 3) pictures of one image: itself, its ground truth where there is one, CAMs, CRFs, label maps."""
+    img = np.asarray(imutils.read_image(os.path.join(args.voc12_root, 'JPEGImages', name + '.jpg')))
+    row = [img]
+    if has_truth(args):
+        path = os.path.join(args.voc12_root, 'SegmentationClass', name + '.png')
+        row.append(labels_on_image(img, imutils.read_label_map(path, '--voc12_root')))
+    for folder in args.cam_dir:
+        cams = imutils.load_scores(os.path.join(folder, name + '.npy'), '--cam_dir', 'cam')
+        row.append(cam_on_image(img, np.max(list(cams.values()), axis=0)))
+    for folder in args.crf_dir:
+        scores = imutils.load_scores(os.path.join(folder, name + '.npy'), '--crf_dir', 'crf')
+        row.append(labels_on_image(img, imutils.strongest_label(scores)))
+    for folder in args.label_dir:
+        row.append(labels_on_image(img, imutils.read_label_map(os.path.join(folder, name + '.png'), '--label_dir')))
+    return row
+
+
+def has_truth(args):
+    return os.path.isdir(os.path.join(args.voc12_root, 'SegmentationClass'))
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--voc12_root', required=True, help='data root: JPEGImages/, perhaps SegmentationClass/')
+    parser.add_argument('--list', required=True, help='image names, one a line')
+    parser.add_argument('--count', default=5, type=int, help='how many of them')
+    parser.add_argument('--cam_dir', default=[], nargs='+', help='folders of CAM dicts; the strongest class is drawn')
+    parser.add_argument('--crf_dir', default=[], nargs='+', help='folders of CRF dicts')
+    parser.add_argument('--label_dir', default=[], nargs='+', help='folders of label maps')
+    parser.add_argument('--out', required=True, help='PNG to write')
+    return parser
+
+
+def main(args):
+    check_file(args.list, '--list')
+    folders = args.cam_dir + args.crf_dir + args.label_dir
+    for folder in folders:
+        check_dir(folder, '--cam_dir, --crf_dir, --label_dir')
+    with open(args.list, encoding='utf-8') as file:
+        names = [os.path.splitext(os.path.basename(line.split()[0]))[0] for line in file if line.strip()]
+    titles = ['image'] + ['ground truth'] * has_truth(args) + [os.path.basename(os.path.abspath(folder))
+                                                               for folder in folders]
+    sheet = contact_sheet([draw_row(name, args) for name in names[:args.count]], titles)
+    with atomic_write(args.out) as file:
+        Image.fromarray(sheet).save(file, format='PNG', optimize=True)
+
+
+if __name__ == '__main__':
+    with exit_on_bad_input():
+        main(get_args_parser().parse_args())
