@@ -169,7 +169,10 @@ def main(args):
     names = load_img_name_list(args.list, '--list')
     for name in names:
         check_file(os.path.join(args.gt_dir, name + '.png'), '--gt_dir')
-        check_file(os.path.join(args.predict_dir, name + ('.png' if args.type == 'png' else '.npy')), '--predict_dir')
+        if args.type == 'png':
+            check_file(os.path.join(args.predict_dir, name + '.png'), '--predict_dir')
+        else:
+            imutils.find_scores(os.path.join(args.predict_dir, name + '.npy'), '--predict_dir')
     print(f'{args.list}: {describe_list(names, class_names)}')
     for warning in ground_truth_warnings(args.gt_dir, names, class_names):
         print(f'warning: {warning}')

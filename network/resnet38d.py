@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tool import mxnet_params
 from tool.pyutils import BadInput
-from tool.safe_npy import check_weights, describe
+from tool.safe_pickle import check_weights, describe
 
 
 class ResBlock(nn.Module):
@@ -202,7 +202,7 @@ def convert_mxnet_to_torch(path):
 
 
 def _read_state_dict(path):
-    """dict name -> tensor of a `.pth` or `.params` file. Nothing in the file is run, see tool/safe_npy.py.
+    """dict name -> tensor of a `.pth` or `.params` file. Nothing in the file is run, see tool/safe_pickle.py.
 
     Refused with BadInput: damaged files, whole networks, checkpoints that hold other things than tensors.
     """

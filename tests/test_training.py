@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import train_aff
 import train_SEAM
 from conftest import ROOT
 from network import slim_aff, slim_SEAM
 from tool import metrics, pyutils, torchutils
-from test_scripts import done, refused, run, shell
+from test_scripts import done, refused, run
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from tool.pyutils import BadInput, atomic_write, check_file
-from tool.safe_npy import describe, load_dict
+from tool.safe_npy import load_dict
+from tool.safe_pickle import describe
 
 MEAN = (0.485, 0.456, 0.406)       # of ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
@@ -88,7 +89,7 @@ def sums_to_one(scores):
     """bool (H, W): whether the scores of a pixel sum to 1, up to the rounding of their type. scores: not empty."""
     half = any(value.dtype == np.float16 for value in scores.values())
     with np.errstate(over='ignore'):
-        total = sum(value.astype(np.float32) for value in scores.values())
+        total = sum(value.astype(np.float32, copy=False) for value in scores.values())
     return np.abs(total - 1) <= (4e-3 if half else 1e-3)
 
 

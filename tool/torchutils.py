@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
 from tool.pyutils import BadInput, atomic_write, check_file
+from tool.safe_pickle import check_weights, describe
 
 
 def poly_lr(lr, step, max_step, power=0.9):
@@ -209,6 +210,7 @@ def resume(path, net, optimizer, scaler, args):
     """Restores what `save_checkpoint` wrote. Raises BadInput for another file, and for flags that contradict it."""
     check_file(path, '--resume')
     try:
+        check_weights(path)
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         before = checkpoint['args']
         differ = [f'--{key} was {before[key]}' for key in vars(args)
@@ -219,8 +221,7 @@ def resume(path, net, optimizer, scaler, args):
             optimizer.global_step = checkpoint['step']
             scaler.load_state_dict(checkpoint['scaler'])
     except Exception as error:          # a damaged pickle raises whatever it likes
-        reason = str(error).strip().split('\n')[0] or type(error).__name__
-        raise BadInput(f'{path} (--resume) is no checkpoint of this training: {reason}') from error
+        raise BadInput(f'{path} (--resume) is no checkpoint of this training: {describe(error)}') from error
     if differ:
         raise BadInput(f'{path} (--resume) was made with other flags: {", ".join(differ)}')
 

@@ -19,7 +19,8 @@ from PIL import Image
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.imutils import read_label_map, voc_palette
-from tool.pyutils import BadInput, check_dir, check_range, exit_on_bad_input, parallel_map
+from tool.pyutils import check_dir, check_range, exit_on_bad_input, parallel_map
+from tool.safe_npy import load_dict
 from voc12.canonical import compare_labels, describe_list, find_canonical
 from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, IMG_FOLDER, get_img_path,
                          label_from_xml, load_class_names, load_img_name_list)
@@ -117,13 +118,10 @@ def read_labels(names, cls_labels, voc12_root, class_names):
     """(labels, unusable): dict name -> float32 (C,) multi-hot, and (name, why) of the names that have none.
 
     Reads what `load_labels` reads, without stopping at the first name that is wrong. An empty label is a label.
-    Raises BadInput for a cls_labels file that is no pickled dict.
+    Raises BadInput for a cls_labels file that is no dict, see tool/safe_npy.py.
     """
     if os.path.isfile(cls_labels):
-        try:
-            get_label = dict(np.load(cls_labels, allow_pickle=True).item()).__getitem__
-        except Exception as error:      # unpickling raises whatever it likes
-            raise BadInput(f'cannot read {cls_labels} (--cls_labels): {error}') from error
+        get_label = load_dict(cls_labels, '--cls_labels').__getitem__
     else:
         def get_label(name):
             return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names)
@@ -134,7 +132,7 @@ def read_labels(names, cls_labels, voc12_root, class_names):
         except KeyError:
             unusable.append((name, 'no entry'))
             continue
-        except (BadInput, TypeError, ValueError) as error:
+        except (ValueError, OverflowError) as error:        # BadInput too; text, or a number beyond float
             unusable.append((name, reason(error)))
             continue
         if label.shape != (len(class_names),):

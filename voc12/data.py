@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from tool import imutils
 from tool.imutils import IGNORE
 from tool.pairs import fit_radius, pair_indices
-from tool.pyutils import BadInput, check_file
+from tool.pyutils import BadInput
 from voc12.lists import CAT_LIST, check_images, get_img_path, load_img_name_list, load_labels
 
 STRIDE = 8      # pixels per feature cell
@@ -120,7 +120,7 @@ class VOC12AffDataset(VOC12ImageDataset):
         self.extract_aff_label = ExtractAffinityLabelInRadius(cells, fit_radius(cells, cells, radius))
         for flag, folder in self.label_dirs.items():
             for name in self.img_name_list:
-                check_file(os.path.join(folder, name + '.npy'), flag)
+                imutils.find_scores(os.path.join(folder, name + '.npy'), flag)
 
     def __getitem__(self, idx):
         name, img = super().__getitem__(idx)

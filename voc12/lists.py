@@ -116,6 +116,8 @@ def read_xml(path):
         raise ValueError(f'its encoding is {encoding}; save it as utf-8')
     # the parser gets the very text that was searched, whatever encoding the file declares
     text = data.decode(encoding).removeprefix('\ufeff')
+    if '\0' in text:                # makes the parser guess utf-16 in spite of what it is told
+        raise ValueError('it is no text file')
     if '<!DOCTYPE' in text or '<!ENTITY' in text:
         raise ValueError('it has a DOCTYPE, which is refused')
     return ElementTree.fromstring(text)

@@ -1,0 +1,565 @@
+"""Files that one did not make: nothing in them runs, hangs or takes the memory; a wrong one is told from a good one."""
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fuzz
+from conftest import ROOT, golden
+from tool import safe_npy, safe_pickle
+from tool.imutils import find_scores, load_scores, read_image, read_label_map, save_scores
+from tool.pyutils import BadInput
+from tool.safe_npy import load_dict
+from voc12.check import read_labels
+from voc12.lists import CAT_LIST, label_from_xml, load_class_names, load_img_name_list, load_labels
+
+MAP = np.linspace(0, .9, 12, dtype=np.float32).reshape(3, 4)
+HEADER = fuzz.npy_bytes({})[:128]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """file(name, bytes) writes them and gives the path."""
+    def write(name, data):
+        (tmp_path / name).write_bytes(data)
+        return str(tmp_path / name)
+    return write
+
+
+def refused(read, path, *words):
+    """read(path) gives a BadInput of one line with the file name and `words`, at once and within 20 MB."""
+    start = time.process_time()
+    with pytest.raises(BadInput):
+        read(path)
+    assert time.process_time() - start < 1
+    tracemalloc.start()         # makes it slower
+    with pytest.raises(BadInput) as caught:
+        read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+    text = str(caught.value)
+    assert '\n' not in text
+    for word in (os.path.basename(path), *words):
+        assert word in text, text
+
+
+def read_dict(path):
+    return load_dict(path, '--cam_dir')
+
+
+def same(found, expected):
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], np.asarray(value).astype(np.asarray(value).dtype.newbyteorder('=')),
+                                      strict=isinstance(value, np.ndarray))
+
+
+# ----- pickled dicts: accepted -----
+
+ARRAYS = {1: MAP, 2: np.asfortranarray(MAP), 3: MAP.astype('>f8').T, 4: np.ones((2, 4), np.float16)[:, ::2],
+          5: np.zeros((0, 3)), 6: np.array(5.), 7: np.array([True, False]), 8: np.arange(3, dtype='>i2'),
+          9: np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(1, 0, 2)}
+NUMBERS = {'2007_000032': 1, 'f': 1.5, 'é': True, 'text': 'x', 'half': np.float16(2), 'bool': np.bool_(True),
+           np.str_('str'): np.int64(-3), 'big': 2 ** 40, -3: 0, 2 ** 62: 1}
+
+
+@pytest.mark.parametrize('numpy_1', [False, True])
+@pytest.mark.parametrize('protocol', [None, 2, 3, 4, 5])
+@pytest.mark.parametrize('value', [{}, ARRAYS, NUMBERS])
+def test_what_any_numpy_writes_is_read(file, value, protocol, numpy_1):
+    data = fuzz.npy_bytes(value, protocol)
+    same(read_dict(file('x.npy', fuzz.as_numpy_1(data) if numpy_1 else data)), value)
+
+
+# deflated, written on Python 3.7 in protocol 2: bytes are text there, and a call of _codecs.encode
+NUMPY_1_16 = (
+    '78daa58fcb4ac340148627add778abf7bbc66b522d05c1858860562e0c461910ea424a6e258536e93f9908c516ba5171ed0bf82cbe984e12'
+    'bb5097fe0c67e69c39f39d7fdeccdbab9b3b893c9047d5f52287a9a78adab9564b8a5a0b196756500d99eb25e50bab1179a21ef956cb13b9'
+    '562c295de57f927b3927889bad76d90999576ec60d5eb718b3da7295794e18449cc50e9741b22e3970b35b48067942cea93aa1eb3991ec05'
+    'c94146be2211426c0c5486c4deb0783d38c2e0338628865f304231aa1952f11be6f2764bbc912b39d17b7d82318318d20bc6292634232375'
+    '30699ae6e5a7501a8c738e29fbf51e852ea605ca277eea64c617f8598a3951337246fe19f37ec6ad1d6321e32e522cf5b96758fec9251c2b'
+    'f6ab9fafac92be3e7ae722ea62e9499284771dabbef8ce1ac53ac7869db22c6cf66d28898d2d8aedd4c61376fa264eb09b99d8a3d81726fc'
+    'bfe3d5747c81fc921eead09299458a038e433bb6384a76f90b9d439e0a')
+
+
+def test_file_of_numpy_1_16(file):
+    body = zlib.decompress(bytes.fromhex(NUMPY_1_16))
+    same(read_dict(file('x.npy', body)), {1: np.arange(6, dtype=np.float32).reshape(2, 3), 'a': np.array([0., 250.])})
+
+
+def test_arrays_are_writable_and_own_their_memory(file):
+    for array in read_dict(file('x.npy', fuzz.npy_bytes(ARRAYS))).values():
+        assert array.flags.writeable and array.flags.owndata or array.base.flags.owndata
+        assert array.dtype.isnative
+
+
+def test_npz_of_the_same_content(file):
+    for write in (np.savez, np.savez_compressed):
+        stream = io.BytesIO()
+        write(stream, **{str(key): value for key, value in ARRAYS.items()})
+        same(read_dict(file('x.npz', stream.getvalue())), {str(key): value for key, value in ARRAYS.items()})
+
+
+# ----- pickled dicts: refused -----
+
+class Payload:
+    """Pickled as a call of os.system that creates a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+@pytest.mark.parametrize('protocol', [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize('place', ['the dict', 'a key', 'a value', 'in an array', 'a default'])
+def test_code_is_refused_by_name_and_does_not_run(file, tmp_path, place, protocol):
+    bomb = Payload(tmp_path / 'ran')
+    value = {'the dict': bomb, 'a key': {(bomb,): 1}, 'a value': {1: MAP, 2: bomb}, 'a default': [bomb],
+             'in an array': {1: np.array([bomb, None], object)}}[place]
+    words = ['posix.system'] if protocol > 1 else []            # the text forms are refused at their first step
+    refused(read_dict, file('x.npy', HEADER + pickle.dumps(value, protocol)), 'x.npy', *words)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_the_payload_does_run_where_pickles_are_trusted(file, tmp_path):
+    path = file('x.npy', fuzz.npy_bytes({1: Payload(tmp_path / 'ran')}))
+    np.load(path, allow_pickle=True)
+    assert (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('value, words', [
+    ({1: np.array([{}, {}])}, 'array of objects'), ({1: [MAP]}, "entry '1'"), ({1: None}, "entry '1'"),
+    ({1: b'x'}, "entry '1'"), ({1: {}}, "entry '1'"), ({(1, 2): MAP}, 'key of type tuple'), ({1.5: MAP}, 'float'),
+    ({True: MAP}, 'key of type bool'), ({2 ** 63: 1}, 'key of type int'), ({1: 1j}, 'builtins.complex'),
+    ({1: np.complex64(1)}, 'calls something'), ({1: np.array('x')}, 'other things than numbers'),
+    ({1: np.zeros(2, 'f4,i4')}, 'calls something'), ({1: np.array(None)}, 'array of objects'),
+    ({1: np.ma.masked_array([1])}, 'numpy.ma'), ({1: np.datetime64('2020')}, 'calls something'), ([MAP], 'one dict'),
+    ({1: set()}, 'EMPTY_SET')])
+def test_other_content_than_numbers_and_arrays_is_named(file, value, words):
+    array = np.empty((), object)
+    array[()] = value
+    refused(read_dict, file('x.npy', HEADER + pickle.dumps(array, 4)), '--cam_dir', words)
+
+
+def test_plain_array_and_other_files_are_no_dict(file):
+    refused(read_dict, file('x.npy', fuzz.npy_bytes(MAP)), 'array of <f4, no dict')
+    refused(read_dict, file('x.npy', b''), 'no .npy or .npz file')
+    refused(read_dict, file('x.npy', b'PK\3\4'), 'not a zip file')
+    refused(read_dict, 'nowhere/x.npy', 'No such file')
+
+
+def pickled_array(shape, data, dtype=b'f4', version=b'K\1'):
+    """Steps of a pickle that make an array with a state that may not be true."""
+    return (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R(' + version + shape
+            + b'cnumpy\ndtype\n\x8c' + bytes([len(dtype)]) + dtype + b'\x89\x88\x87R'
+            + b'\x89B' + struct.pack('<I', len(data)) + data + b'tb')
+
+
+def in_dict(*steps):
+    """Bytes of a .npy file with a dict {0: the value of the steps}."""
+    return HEADER + b'\x80\x04' + (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R'
+                                   b'(K\1)cnumpy\ndtype\n\x8c\2O8\x89\x88\x87R\x89]}K\0' + b''.join(steps) + b'satb.')
+
+
+def test_the_helper_of_these_tests_makes_a_true_file(file):
+    same(read_dict(file('x.npy', in_dict(pickled_array(b'K\1K\2\x86', bytes(8))))), {0: np.zeros((1, 2), np.float32)})
+
+
+HUGE = b'\x8a\x08' + struct.pack('<q', 2 ** 62)
+BOMBS = {
+    'huge shape': in_dict(pickled_array(HUGE + b'\x85', b'')),
+    'negative shape': in_dict(pickled_array(b'J\xff\xff\xff\xff\x85', b'')),
+    'no bytes of a huge shape': in_dict(pickled_array(HUGE + b'K\0' + HUGE + b'\x87', b'')),
+    'shape of other things': in_dict(pickled_array(b'}\x85', b'')),
+    'more bytes': in_dict(pickled_array(b'K\1\x85', bytes(5))),
+    'dtype of a gigabyte': in_dict(pickled_array(b'K\1\x85', b'', b'V999999999')),
+    'text of a gigabyte': in_dict(pickled_array(b'K\1\x85', b'', b'U999999999')),
+    'objects made of bytes': in_dict(pickled_array(b'K\1\x85', bytes(8), b'O8')),
+    'another version': in_dict(pickled_array(b'K\1\x85', bytes(4), version=b'K\2')),
+    'one state a million times': in_dict(pickled_array(b'M\xe8\3\x85', bytes(4000)) + b'q\1' + b'h\1' * 5 + b'\x85'),
+    'one text made bytes again and again': in_dict(
+        b'X' + struct.pack('<I', 10 ** 5) + bytes(10 ** 5) + b'q\1'
+        + b'c_codecs\nencode\nh\1\x8c\6latin1\x86R' * 10 ** 4),
+    'length beyond the file': in_dict(b'\x8e' + b'\xff' * 7 + b'\x7f'), 'text beyond': in_dict(b'X\xff\xff\xff\x7fabc'),
+    'number of 2 GB': in_dict(b'\x8b\xff\xff\xff\x7f1'), 'bytearray beyond': in_dict(b'\x96' + b'\xff' * 7 + b'\0'),
+    'nested without end': in_dict(b')' + b'\x85' * 10_000), 'memo of billions': in_dict(b')r\xff\xff\xff\xff'),
+    'doubled sixty times': in_dict(b'})' + b'q\1h\1\x86' * 60 + b'K\1s'),
+    'list in itself': in_dict(b']q\1h\1a'), 'dict in itself': in_dict(b'}q\1K\1h\1s'),
+    'extension': in_dict(b'\x82\1'), 'persistent': in_dict(b'K\1Q'),
+    'instance': in_dict(b'(ios\nsystem\n'), 'object': in_dict(b'(cos\nsystem\no'),
+    'new': in_dict(b'cos\nsystem\n)\x81'),
+    'name of parts': in_dict(b'\x8c\2os\x8c\6system\x93'),
+    'dotted name': in_dict(b'\x8c\5numpy\x8c\rndarray.dumps\x93'),
+    'called dtype': in_dict(b'cnumpy\nndarray\nK\1\x85R'), 'two dicts': in_dict(b'}'),
+}
+
+
+@pytest.mark.parametrize('name', BOMBS)
+def test_pickle_bombs_are_refused_soon(file, name):
+    refused(read_dict, file('x.npy', BOMBS[name]))
+
+
+@pytest.mark.parametrize('header', ["{'descr': '|O', 'fortran_order': False, 'shape': (" + '(' * 3000, '-' * 9000,
+                                    "{'descr': __import__('os').system('x'), 'fortran_order': False, 'shape': (), }"])
+def test_header_is_not_evaluated(file, header):
+    data = b'\x93NUMPY\1\0' + struct.pack('<H', len(header)) + header.encode()
+    refused(read_dict, file('x.npy', data), 'header')
+
+
+@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
+def test_truncated_anywhere_is_refused(file, protocol):
+    data = fuzz.npy_bytes({1: MAP}, protocol)
+    for length in range(len(data)):
+        with pytest.raises(BadInput):
+            read_dict(file('x.npy', data[:length]))
+
+
+def test_too_many_steps_are_refused(file, monkeypatch):
+    monkeypatch.setattr(safe_pickle, 'MAX_STEPS', 100)
+    refused(read_dict, file('x.npy', fuzz.npy_bytes(ARRAYS)), 'more than 100 steps')
+
+
+# ----- zipped dicts: refused -----
+
+def zip_of(members, compression=zipfile.ZIP_DEFLATED):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, 'w', compression) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return stream.getvalue()
+
+
+def npy_header(shape, dtype='<f4'):
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b'\x93NUMPY\1\0' + struct.pack('<H', len(text)) + text
+
+
+def test_zipped_pickle_is_refused(file, tmp_path):
+    data = fuzz.npy_bytes({1: Payload(tmp_path / 'ran')})
+    refused(read_dict, file('x.npz', zip_of([('0.npy', data)])), 'other things than numbers')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_zip_bomb_is_refused_by_its_size(file, monkeypatch):
+    monkeypatch.setattr(safe_npy, 'MAX_BYTES', 10 ** 6)
+    data = zip_of([(f'{i}.npy', npy_header((100_000,)) + bytes(400_000)) for i in range(3)])
+    refused(read_dict, file('x.npz', data), 'unpacks to more than')
+
+
+def test_zip_that_understates_its_size_is_refused(file):
+    data = zip_of([('0.npy', npy_header((10_000_000,)) + bytes(40_000_000))])
+    at = data.index(b'PK\1\2')
+    for start in (0, at):       # the sizes in the header of the member and in the directory
+        place = start + (22 if start == 0 else 24)
+        data = data[:place] + struct.pack('<I', 1000) + data[place + 4:]
+    refused(read_dict, file('x.npz', data))
+
+
+@pytest.mark.parametrize('content, words', [
+    (npy_header((2 ** 40, 2 ** 20)) + bytes(8), 'other bytes than its shape needs'),
+    (npy_header((2, 3)) + bytes(23), 'other bytes'), (b'text', 'no .npy'),
+    (npy_header((1,), '<U9999') + bytes(4), 'not'), (npy_header((1,), '|V8') + bytes(8), 'not of numbers')])
+def test_member_is_compared_with_its_header(file, content, words):
+    refused(read_dict, file('x.npz', zip_of([('0.npy', content)])), words)
+
+
+def test_members_packed_otherwise_or_twice_are_refused(file):
+    member = ('0.npy', npy_header((1,)) + bytes(4))
+    refused(read_dict, file('x.npz', zip_of([member], zipfile.ZIP_LZMA)), 'packed in another way')
+    with pytest.warns(UserWarning, match='Duplicate'):
+        data = zip_of([member, member])
+    refused(read_dict, file('x.npz', data), 'twice')
+
+
+# ----- scores -----
+
+CAM = {0: MAP, 14: MAP[::-1]}
+CRF = {0: 1 - MAP, 1: MAP * .25, 15: MAP * .75}
+
+
+@pytest.mark.parametrize('suffix', ['.npy', '.npz'])
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+@pytest.mark.parametrize('kind, scores', [('cam', CAM), ('cam', {3: MAP}), ('cam', {0: MAP}), ('crf', CRF), ('crf', {}),
+                                          ('cam', {}), ('crf', {0: np.ones((2, 2))})])
+def test_scores_come_back(tmp_path, kind, scores, dtype, suffix):
+    save_scores(str(tmp_path / f'a{suffix}'), scores, dtype)
+    found = load_scores(str(tmp_path / 'a.npy'), '--x', kind)
+    read = 'float64' if dtype == 'float64' else 'float32'
+    same(found, {key: value.astype(dtype).astype(read) for key, value in scores.items()})
+    assert all(type(key) is int for key in found)
+
+
+def test_npy_goes_before_npz_and_none_is_told(tmp_path):
+    path = str(tmp_path / 'a.npy')
+    refused(lambda p: load_scores(p, '--cam_dir', 'cam'), path, '--cam_dir')
+    save_scores(str(tmp_path / 'a.npz'), {1: MAP})
+    assert find_scores(path, '--x') == str(tmp_path / 'a.npz')
+    save_scores(path, {2: MAP})
+    assert find_scores(path, '--x') == path and list(load_scores(path, '--x', 'cam')) == [2]
+
+
+def test_npz_holds_no_pickle(tmp_path):
+    save_scores(str(tmp_path / 'a.npz'), CRF)
+    with np.load(tmp_path / 'a.npz', allow_pickle=False) as content:
+        assert sorted(content.files) == ['0', '1', '15'] and (content['15'] == CRF[15]).all()
+
+
+@pytest.mark.parametrize('name', ['2007_000001', '2007_000002'])
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+def test_recorded_crf_and_cam_of_the_original_are_told_apart(tmp_path, name, dtype):
+    g, path = golden('g05_crf'), str(tmp_path / 'a.npy')
+    crf = {int(key): g[f'{name}:crf_4.0_{key}'] for key in g[f'{name}:crf_4.0_keys']}
+    g = golden('g04_infer_cam')
+    cam = {int(key): g[f'{name}:cam_{key}'] for key in g[f'{name}:cam_keys']}
+    with_class_0 = {0 if i == 0 else key: value for i, (key, value) in enumerate(cam.items())}
+    for kind, good, bad in (('crf', crf, cam), ('crf', crf, with_class_0), ('cam', cam, crf),
+                            ('cam', with_class_0, {0: np.ones_like(crf[0])})):
+        save_scores(path, good, dtype)
+        assert list(load_scores(path, '--x', kind)) == list(good)
+        save_scores(path, bad, dtype)
+        refused(lambda p, kind=kind: load_scores(p, '--x', kind), path, '--x', f'where a {kind.upper()} file is needed')
+
+
+@pytest.mark.parametrize('scores, words', [
+    ({1: MAP * np.nan}, 'NaN or infinite scores under key 1'), ({1: MAP, 2: MAP - np.inf}, 'under key 2'),
+    ({1: MAP.astype(np.uint8)}, 'uint8 under key 1'), ({1: MAP > 0}, 'bool'), ({-1: MAP}, 'no dict of class'),
+    ({255: MAP}, 'no dict of class'), ({'dog': MAP}, 'no dict of class'), ({1: MAP[0]}, 'no dict of class'),
+    ({1: MAP, 2: MAP.T}, 'all of one size'), ({1: MAP[:0]}, 'no dict of class'), ({1: 1.}, 'no dict of class'),
+    ({'keys': np.array([1]), 'cam': MAP[None]}, 'no dict of class')])
+def test_scores_that_are_none_are_named(tmp_path, scores, words):
+    path = str(tmp_path / 'a.npy')
+    np.save(path, scores)
+    refused(lambda p: load_scores(p, '--cam_dir', 'cam'), path, '--cam_dir', words)
+
+
+def test_scores_of_other_repositories_name_what_they_hold(file):
+    torch = pytest.importorskip('torch')
+    refused(read_dict, file('x.npy', fuzz.npy_bytes({'keys': np.array([1]), 'cam': torch.zeros(1)})), 'torch._utils')
+
+
+# ----- labels -----
+
+@pytest.mark.parametrize('suffix', ['npy', 'npz'])
+def test_labels_are_read(tmp_path, suffix):
+    labels, path = {'a': np.array([0, 1], np.float32), 'b': np.array([1, 1], np.uint8)}, str(tmp_path / f'l.{suffix}')
+    np.save(path, labels) if suffix == 'npy' else np.savez(path, **labels)
+    found = load_labels(['b', 'a'], path, '', ['x', 'y'])
+    assert found['b'].tolist() == [1, 1] and found['a'].dtype == found['b'].dtype == np.float32
+
+
+@pytest.mark.parametrize('value', ['cat', 10 ** 400, {}, Payload('ran')])
+def test_labels_that_are_none_are_refused_and_told_by_the_check(file, value, tmp_path):
+    path = file('l.npy', fuzz.npy_bytes({'a': value}))
+    refused(lambda p: load_labels(['a'], p, '', ['x', 'y']), path, '--cls_labels')
+    if not isinstance(value, (str, int)):
+        refused(lambda p: read_labels(['a'], p, '', ['x', 'y']), path, '--cls_labels')
+    else:
+        labels, unusable = read_labels(['a'], path, '', ['x', 'y'])
+        assert not labels and unusable[0][0] == 'a'
+
+
+# ----- lists -----
+
+@pytest.mark.parametrize('line', ['..', '../x', '/JPEGImages/../x.jpg', '/JPEGImages/..', '/JPEGImages/', '.', '/',
+                                  '..\\x.jpg', 'a\\b', '../../etc/passwd'])
+def test_names_do_not_leave_the_data_root(file, line):
+    path = file('l.txt', f'good\n{line} x\n'.encode())
+    refused(lambda p: load_img_name_list(p, '--list'), path, '--list', 'data root')
+
+
+@pytest.mark.parametrize('character', ['\0', '\x1b', '\x7f', '\x9b'])
+@pytest.mark.parametrize('read', [load_img_name_list, load_class_names])
+def test_control_characters_do_not_reach_the_terminal(file, read, character):
+    refused(read, file('l.txt', f'good\nba{character}d\n'.encode()), 'control characters in line 2')
+
+
+def test_names_of_any_script_and_both_forms_are_read(file):
+    text = '2007_000032\n/JPEGImages/été.jpg /SegmentationClass/été.png\r\n\n猫.v2\n.hidden\n/abs/x.JPG\n'
+    assert load_img_name_list(file('l.txt', text.encode())) == ['2007_000032', 'été', '猫.v2', '.hidden', 'x']
+
+
+def test_list_of_no_text_or_too_much_is_refused(file, monkeypatch):
+    refused(load_img_name_list, file('l.txt', b'\xff\xfe\0a'), 'text file')
+    monkeypatch.setattr('voc12.lists.MAX_TEXT', 10)
+    refused(load_img_name_list, file('l.txt', b'x' * 11), 'larger than')
+
+
+# ----- XML -----
+
+def xml_label(path):
+    return label_from_xml(path, CAT_LIST)
+
+
+DOG = '<annotation><object><name>dog</name></object></annotation>'
+
+
+@pytest.mark.parametrize('data', [
+    DOG.encode(), b'\xef\xbb\xbf' + DOG.encode(), DOG.encode('utf-16'), b'\n' + DOG.encode(),
+    b'<?xml version="1.0"?>' + DOG.encode(), b"<?xml version='1.0' encoding='UTF-8' standalone='yes'?>" + DOG.encode(),
+    b'<?xml version="1.0" encoding="ISO-8859-1"?><!-- \xe9 -->' + DOG.encode(),
+    ('<?xml version="1.0" encoding="utf-16"?>' + DOG).encode('utf-16'), DOG.replace('>dog', '>&#100;og').encode()])
+def test_xml_of_common_encodings_is_read(file, data):
+    assert np.flatnonzero(xml_label(file('a.xml', data))).tolist() == [CAT_LIST.index('dog')]
+
+
+LAUGHS = ''.join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
+DOCTYPES = {'laughs': f'<!DOCTYPE a [<!ENTITY l0 "lol">{LAUGHS}]><a>&l9;</a>',
+            'external': '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><a><object>&x;</object></a>',
+            'parameter': '<!DOCTYPE a [<!ENTITY % p SYSTEM "http://127.0.0.1/x"> %p;]><a/>',
+            'empty': '<!DOCTYPE a><a/>', 'system': '<!DOCTYPE a SYSTEM "x.dtd"><a/>'}
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-7', 'cp037'])
+@pytest.mark.parametrize('name', DOCTYPES)
+def test_xml_with_a_doctype_is_refused(file, name, encoding):
+    head = f'<?xml version="1.0" encoding="{encoding}"?>'
+    words = ['DOCTYPE'] if encoding in ('utf-8', 'utf-8-sig', 'utf-16') else []
+    if encoding == 'cp037':         # the declaration in ASCII, then another alphabet
+        data = head.encode() + DOCTYPES[name].encode(encoding)
+    else:
+        data = (DOCTYPES[name] if encoding.endswith('sig') else head + DOCTYPES[name]).encode(encoding)
+    refused(xml_label, file('a.xml', data), *words)
+
+
+@pytest.mark.parametrize('data, words', [
+    (b'<a>' * 10, ''), (b'', ''), (b'<a>&x;</a>', 'undefined entity'), (b'<a>\0</a>', ''), (b'\xff\xfe<', ''),
+    (b'<a>' + b' ' * 2 ** 20 + b'</a>', 'larger than 1 MiB'), (b'<a>' * 30_000, ''), (b'<a>\xe9</a>', 'utf-8'),
+    (b'<?xml version="1.0" encoding="punycode"?><a/>', 'its encoding is punycode; save it as utf-8')])
+def test_xml_that_is_none_is_one_line(file, data, words):
+    refused(xml_label, file('a.xml', data), words)
+
+
+# ----- images -----
+
+def image_bytes(kind='PNG', mode='RGB', size=(40, 30)):
+    stream = io.BytesIO()
+    Image.effect_noise(size, 80).convert(mode).save(stream, format=kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM'])
+def test_images_of_common_formats_are_read_whatever_their_name(file, kind):
+    assert read_image(file('a.jpg', image_bytes(kind))).size == (40, 30)
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+def test_truncated_image_is_one_line(file, kind):
+    data = image_bytes(kind)
+    refused(read_image, file('a.jpg', data[:len(data) // 2]), 'a.jpg')
+    refused(lambda p: read_label_map(p, '--gt_dir'), file('a.png', data[:len(data) // 2]), '--gt_dir')
+
+
+def png_of_size(width, height):
+    """A PNG whose header says that size, with valid checksums and few pixels."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', width, height, 8, 0, 0, 0, 0))
+            + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
+
+
+@pytest.mark.parametrize('size', [(10_000, 10_000), (100_000, 100_000)])     # Pillow warns of one, refuses one
+def test_decompression_bombs_are_one_line(file, size):
+    refused(read_image, file('a.png', png_of_size(*size)), 'decompression bomb')
+    refused(lambda p: read_label_map(p, '--gt_dir'), file('a.png', png_of_size(*size)), '--gt_dir', 'bomb')
+
+
+def test_postscript_is_not_handed_to_ghostscript(file):
+    refused(read_image, file('a.jpg', b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n'), 'a.jpg')
+
+
+def test_exif_orientation_is_ignored(file):
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6            # turn by 90 degrees
+    Image.new('RGB', (40, 30)).save(stream, format='JPEG', exif=exif)
+    assert read_image(file('a.jpg', stream.getvalue())).size == (40, 30)
+
+
+# ----- weights -----
+
+def test_weight_files_that_crash_or_fill_torch_are_refused(file):
+    """Each of these ends the process, or takes memory without end, in torch.load(weights_only=True)."""
+    torch = pytest.importorskip('torch')
+    from network.resnet38d import _read_state_dict
+    stream, old = io.BytesIO(), io.BytesIO()
+    torch.save({'a': torch.zeros(4)}, stream)
+    torch.save({'a': torch.zeros(4)}, old, _use_new_zipfile_serialization=False)
+
+    def with_pickle(steps):
+        return fuzz.repack(stream.getvalue(), lambda name, data: steps if name.endswith('.pkl') else data)
+
+    def with_storage(size):
+        unpacked = io.BytesIO(stream.getvalue())
+        with zipfile.ZipFile(unpacked) as archive:
+            return zip_of([(name, bytes(size) if name.endswith('data/0') else archive.read(name))
+                           for name in archive.namelist()])
+    keys = old.getvalue().rindex(b'\x80\2]')        # the last of the five pickles
+    count = old.getvalue().index(b'K\4', old.getvalue().index(b'cpu'))
+    billions = old.getvalue()[:count] + b'\x8a\5' + struct.pack('<q', 10 ** 10)[:5] + old.getvalue()[count + 2:]
+    nested, ordered = b')' + b'\x85' * 20_000, b'ccollections\nOrderedDict\n'
+    for data, words in ((with_pickle(b'\x80\2}' + nested + b'K\1s.'), 'key of type tuple'),
+                        (with_pickle(b'\x80\2' + ordered + b']' + nested + b'K\1\x86a\x85R.'), 'key of type tuple'),
+                        (with_pickle(b'\x80\2' + ordered + b')R]' + nested + b'K\1\x86ab.'), 'sets the state'),
+                        (with_pickle(b'\x80\2(\x8c\7storagectorch\nFloatStorage\n' + nested + b'\x8c\3cpuK\4tQ.'),
+                         'is stored in a way'),
+                        (old.getvalue()[:keys] + b'\x80\2]' + nested + b'a.', 'stored in a way'),
+                        (with_pickle(b'\x80\2cbuiltins\nbytearray\nJ\0\0\0\x7f\x85R.'), 'builtins.bytearray'),
+                        (with_storage(5_000_000), 'parts are compressed'), (billions, 'larger than the file')):
+        refused(_read_state_dict, file('w.pth', data), '--weights', words, 'net.state_dict()')
+
+
+def test_checkpoints_and_whole_networks_say_what_is_needed(tmp_path):
+    torch = pytest.importorskip('torch')
+    from network.resnet38d import _read_state_dict
+    for content, words in ((torch.nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'),
+                           ({'state_dict': {}, 'epoch': 3}, "'state_dict', 'epoch'"), ([torch.zeros(1)], 'a list'),
+                           ({'a': torch.zeros(1), 'best': np.float64(.5)}, 'multiarray.scalar'),
+                           ({'a\x1b[2J': torch.zeros(1)}, r'a\x1b')):
+        torch.save(content, tmp_path / 'w.pth')
+        refused(_read_state_dict, str(tmp_path / 'w.pth'), '--weights', words, 'net.state_dict()')
+
+
+def test_training_checkpoints_pass_the_check(tmp_path):
+    torch = pytest.importorskip('torch')
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).half()
+    optimizer = torch.optim.SGD(net.parameters(), .1, momentum=.9)
+    net(torch.zeros(2, 1, 3, 3).half()).sum().backward()
+    optimizer.step()
+    content = {'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'step': 3, 'rng': torch.get_rng_state(),
+               'args': {'lr': .1, 'scales': [1, 2.], 'none': None, 'text': 'x', 'pair': (1, True)}}
+    for zipped in (True, False):
+        torch.save(content, tmp_path / 'w.pth', _use_new_zipfile_serialization=zipped)
+        safe_pickle.check_weights(tmp_path / 'w.pth')
+
+
+# ----- all of them, at random -----
+
+@pytest.mark.parametrize('count, targets', [(2400, [name for name in fuzz.TARGETS if name != 'pth']), (200, ['pth'])])
+def test_short_fuzzing(count, targets):
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'fuzz.py'), '--count', str(count), *targets],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(' 0 findings') == len(targets)
+
+
+def test_fuzzer_finds_what_pickle_runs(tmp_path):
+    """The reader of before, np.load, would be found out."""
+    script = ("import fuzz, numpy\n"
+              "fuzz.TARGETS['npy'] = (lambda: [fuzz.npy_bytes({})[:128] + fuzz.hostile_pickles()[0]],\n"
+              "                       lambda: [lambda path: numpy.load(path, allow_pickle=True)], fuzz.MEMORY)\n"
+              f"found = fuzz.fuzz('npy', 20, 0, {str(tmp_path)!r})\n"
+              "assert any('something ran' in line and 'os.system' in line for line in found), found\n")
+    done = subprocess.run([sys.executable, '-c', script], cwd=os.path.join(ROOT, 'tests'), capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
