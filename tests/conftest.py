@@ -5,6 +5,7 @@ os.environ['OMP_NUM_THREADS'] = '2'     # also of the processes that tests start
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
@@ -42,3 +43,8 @@ def seam_net():
 def aff_net():
     from network.resnet38_aff import Net
     return filled(Net()).eval()
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    torch.set_num_threads(2)
