@@ -43,7 +43,8 @@ def get_args_parser():
     parser.add_argument('--cam_format', default='npy', choices=['npy', 'npz'],
                         help="npy: the reference's pickled dicts; npz: compressed, without pickle, slower to write")
     parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
-    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
+    parser.add_argument('--vis_count', default=20, type=int,
+                        help='how many images of the list get one; those that are finished already get none')
     parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
     parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
                         help='skip: go on past a bad image, list it at the end, exit code 3')
@@ -65,7 +66,7 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils, visualization
-from tool.outputs import BoundedPool, Errors, SkipBad, SpaceCheck, file_digest, is_whole, open_folder
+from tool.outputs import BoundedPool, Errors, SkipBad, SpaceCheck, file_digest, is_whole, open_folder, remove
 from tool.pyutils import (BadInput, available_cores, check_file, check_range, exit_on_bad_input, import_network,
                           make_dir)
 from tool.torchutils import autocast, get_device, get_rank
@@ -160,6 +161,8 @@ def label_map(cam_dict, background_score):
 def check_args(args):
     if not (args.out_cam or args.out_crf or args.out_cam_pred):
         raise BadInput('nothing to write: give --out_cam, --out_crf or --out_cam_pred')
+    if args.out_cam and args.out_cam == args.out_cam_pred:
+        raise BadInput(f'--out_cam and --out_cam_pred are one folder, {args.out_cam}')
     check_range(args, 0.01, 100, 'scales', 'crf_alpha')
     check_range(args, 0, 256, 'num_workers')
     check_file(args.weights, '--weights')
@@ -186,7 +189,8 @@ def main(args):
 
     # ----- outputs: what is finished is left alone -----
     settings = {key: getattr(args, key) for key in ('network', 'scales', 'flip', 'map', 'pcm', 'amp')}
-    settings.update(weights=file_digest(args.weights), class_names=class_names)
+    settings.update(weights=file_digest(args.weights), class_names=class_names,
+                    cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
     dicts = {'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}     # the CRF backends are equal
     for folder, flag, more in ((args.out_cam, '--out_cam', dicts),
                                (args.out_cam_pred, '--out_cam_pred', {'background_score': args.out_cam_pred_alpha}),
@@ -204,8 +208,9 @@ def main(args):
     names = dataset.img_name_list
     rank, ranks = get_rank()
     mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
-    todo = [index for index in mine
-            if args.overwrite or not all(is_whole(path) for path in outputs(names[index]) if path)]
+    if args.overwrite:
+        remove(path for index in mine for path in outputs(names[index]) if path)
+    todo = [index for index in mine if not all(is_whole(path) for path in outputs(names[index]) if path)]
     if len(todo) < len(mine):
         print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,

@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils, visualization
-from tool.outputs import BoundedPool, Errors, SkipBad, file_digest, is_whole, open_folder
+from tool.outputs import BoundedPool, Errors, SkipBad, file_digest, is_whole, open_folder, read_settings, remove
 from tool.pairs import fit_radius, pair_indices
 from tool.pyutils import (BadInput, available_cores, check_dir, check_file, check_range, exit_on_bad_input,
                           import_network, make_dir)
@@ -119,34 +119,35 @@ def read_cams(name, cam_dir, size, num_classes):
     return cam_dict
 
 
-def uncertain(name, scores, args):
-    """bool (H, W): where the walk's winning share of the scores (K, H, W) is below --ignore_below, or the labels of the
-    two CRFs of --ignore_crf differ."""
-    mask = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
-    if args.ignore_crf:
-        low, high = (imutils.load_scores(os.path.join(folder, name + '.npy'), '--ignore_crf', 'crf')
-                     for folder in args.ignore_crf)
-        mask |= imutils.strongest_label(low) != imutils.strongest_label(high)
-    return mask
+def crf_disagreement(name, folders, size):
+    """bool, of size (H, W): where the labels of two CRF folders differ. Raises BadInput for files that do not fit."""
+    labels = []
+    for folder in folders:
+        path = os.path.join(folder, name + '.npy')
+        scores = imutils.load_scores(path, '--ignore_crf', 'crf')
+        if not scores or next(iter(scores.values())).shape != size:
+            raise BadInput(f'{path} (--ignore_crf) does not fit the image, which is {size[0]}x{size[1]}')
+        labels.append(imutils.strongest_label(scores))
+    return labels[0] != labels[1]
 
 
-def write_labels(name, scores, present, img, args, num_classes, backend, device):
+def write_labels(path, scores, present, img, ignored, args, num_classes, backend, device):
     """Writes the pseudo label of one image; the job of a worker process where there is a CRF.
 
     scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
-    image, float32 (3, H', W').
+    image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case.
     """
     if args.crf:        # with all classes, as in the reference: the absent ones have score 0
         everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
         everything[present] = scores
         scores = imutils.crf_inference(imutils.denormalize(img), everything, t=1, backend=backend,
                                        device=device)[present]
-    orig_img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
-    h, w = orig_img.shape[:2]
+    h, w = ignored.shape
     scores = scores[:, :h, :w]
     labels = np.array(present)[scores.argmax(axis=0)]
-    labels[uncertain(name, scores, args)] = imutils.IGNORE
-    imutils.save_label_map(os.path.join(args.out_rw, name + '.png'), labels)
+    unsure = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
+    labels[ignored | unsure] = imutils.IGNORE
+    imutils.save_label_map(path, labels)
 
 
 def check_args(args):
@@ -171,7 +172,7 @@ def main(args):
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root,
                                 transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
     names = dataset.img_name_list
-    for name in names:
+    for name in names if args.on_error == 'stop' else ():
         imutils.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
     net = import_network(args.network, 'radius').Net()
     load_weights(net, args.weights)
@@ -180,10 +181,13 @@ def main(args):
     # ----- outputs: what is finished is left alone -----
     settings = {key: getattr(args, key) for key in ('network', 'cam_dir', 'alpha', 'beta', 'logt', 'crf', 'amp',
                                                     'ignore_below', 'ignore_crf')}
-    open_folder(args.out_rw, '--out_rw', {**settings, 'weights': file_digest(args.weights)}, args.overwrite)
+    settings.update(weights=file_digest(args.weights), cams=read_settings(args.cam_dir))
+    open_folder(args.out_rw, '--out_rw', settings, args.overwrite)
     rank, ranks = get_rank()
     mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
-    todo = [index for index in mine if args.overwrite or not is_whole(os.path.join(args.out_rw, names[index] + '.png'))]
+    if args.overwrite:
+        remove(os.path.join(args.out_rw, names[index] + '.png') for index in mine)
+    todo = [index for index in mine if not is_whole(os.path.join(args.out_rw, names[index] + '.png'))]
     if len(todo) < len(mine):
         print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
@@ -207,6 +211,9 @@ def main(args):
                 name, img = item                                            # (3, H, W)
                 h, w = img.shape[1:]
                 cam_dict = read_cams(name, args.cam_dir, (h, w), num_classes)
+                ignored = np.zeros((h, w), bool)
+                if args.ignore_crf:
+                    ignored = crf_disagreement(name, args.ignore_crf, (h, w))
             except BadInput as error:
                 errors.add(error)
                 continue
@@ -219,8 +226,8 @@ def main(args):
             scores = random_walk(scores, aff.float(), radius, args.beta, args.logt)
             scores = F.interpolate(scores[None], size, mode='bilinear', align_corners=False)[0].cpu().numpy()
             present = [0] + [key + 1 for key in sorted(cam_dict)]
-            pool.submit(write_labels, name, scores, present, img[0].numpy(), args, num_classes,
-                        backend, device)
+            pool.submit(write_labels, os.path.join(args.out_rw, name + '.png'), scores, present, img[0].numpy(),
+                        ignored, args, num_classes, backend, device)
     for name in pictured:
         path = os.path.join(args.out_rw, name + '.png')
         if os.path.isfile(path):        # of another rank, or skipped

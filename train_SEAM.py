@@ -92,8 +92,8 @@ from tool.metrics import ClassificationMeter
 from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_file, check_range, exit_on_bad_input,
                           import_network)
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
-                             describe_run, get_device, get_rank, parallel, report_progress, resume, save_checkpoint,
-                             save_weights, set_seed, use_deterministic)
+                             describe_run, get_device, get_rank, ignore_sigterm, parallel, report_progress, resume,
+                             save_checkpoint, save_weights, set_seed, use_deterministic)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import load_class_names
@@ -241,6 +241,10 @@ def check_args(args):
     if args.batch_size % (args.accum * get_rank()[1]):
         raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
                        f' on each of {get_rank()[1]} ranks')
+    if args.train_bn and (args.accum > 1 or args.checkpointing or get_rank()[1] > 1):
+        raise BadInput('--train_bn needs whole batches: no --accum, no --checkpointing, no ranks')
+    if args.crop_size * args.scale_factor < 8:
+        raise BadInput(f'--scale_factor {args.scale_factor} of --crop_size {args.crop_size} is less than 8 pixels')
     if args.weights:
         check_file(args.weights, '--weights')
 
@@ -312,15 +316,15 @@ def main(args):
     log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda')
+                        pin_memory=device.type == 'cuda', worker_init_fn=ignore_sigterm)
     if not args.weights and not args.resume:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
             '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))
-    model = parallel(net.train(), device)
+    model = parallel(net.train(), device, args.amp)
 
     # ----- training -----
-    writer = visualization.open_writer(args.tblog_dir, log)
+    writer = visualization.open_writer(args.tblog_dir, log) if get_rank()[0] == 0 else None
     meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
 
     def save():
@@ -354,8 +358,9 @@ def main(args):
                 if stopped:
                     log(f'stopped by a signal after {step + 1} steps; the same command with --resume goes on')
                     sys.exit(stopped)
-    except BadInput:
-        save()
+    except BadInput:            # on any rank: all have the same weights
+        meter.check()
+        save_checkpoint(last, net, optimizer, scaler, args)
         log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
         raise
     if get_rank()[0] == 0:

@@ -61,8 +61,8 @@ from tool import imutils
 from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_dir, check_file, check_range, exit_on_bad_input,
                           import_network)
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
-                             describe_run, get_device, get_rank, parallel, report_progress, resume, save_checkpoint,
-                             save_weights, set_seed, sum_over_ranks, use_deterministic)
+                             describe_run, get_device, get_rank, ignore_sigterm, parallel, report_progress, resume,
+                             save_checkpoint, save_weights, set_seed, sum_over_ranks, use_deterministic)
 from voc12.canonical import describe_list
 from voc12.data import STRIDE, VOC12AffDataset
 from voc12.lists import load_class_names
@@ -158,11 +158,11 @@ def main(args):
     log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda')
+                        pin_memory=device.type == 'cuda', worker_init_fn=ignore_sigterm)
     if not args.weights and not args.resume:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))
-    model = parallel(net.train(), device)
+    model = parallel(net.train(), device, args.amp)
 
     # ----- training -----
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
@@ -186,7 +186,10 @@ def main(args):
                     terms = affinity_loss(aff.float(), *label_parts, counts)
                     # DistributedDataParallel takes the mean over the ranks, here the parts add up
                     scaler.scale(terms['loss'] * get_rank()[1]).backward()
-                    meter.add({name: term.detach() for name, term in terms.items()}, step, names)
+                    # shown as if the part were the batch
+                    whole = args.accum * get_rank()[1]
+                    meter.add({name: term.detach() * (whole if name.endswith('loss') else 1)
+                               for name, term in terms.items()}, step, names)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
@@ -201,8 +204,9 @@ def main(args):
                 if stopped:
                     log(f'stopped by a signal after {step + 1} steps; the same command with --resume goes on')
                     sys.exit(stopped)
-    except BadInput:
-        save()
+    except BadInput:            # on any rank: all have the same weights
+        meter.check()
+        save_checkpoint(last, net, optimizer, scaler, args)
         log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
         raise
     if get_rank()[0] == 0:

@@ -1,6 +1,7 @@
 """Inference that stops and goes on, skips, shards, and its switches."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,27 @@ def test_folder_of_other_settings_is_refused_and_named(data):
     refused(walk(data, '--beta', 4), 'rw (--out_rw)', 'beta was 8, is 4')
 
 
+def test_results_of_unknown_settings_are_refused(data, tmp_path):
+    (tmp_path / 'cam').mkdir()
+    (tmp_path / 'cam' / 'x.npy').write_bytes(b'')
+    refused(cams(data, '--out_cam', tmp_path / 'cam'), 'results and no settings.json', '--overwrite')
+
+
+def test_walk_notices_that_the_cams_are_others(data, tmp_path):
+    shutil.copytree(data / 'cam', tmp_path / 'cam')
+    done(walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw'))
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--scales', 0.5, '--overwrite'))
+    refused(walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw'), 'rw (--out_rw)', 'cams was')
+
+
+def test_overwrite_removes_what_is_there_first(data, tmp_path):
+    """Else a run that is stopped in the middle would leave old results under new settings."""
+    shutil.copytree(data / 'cam', tmp_path / 'cam')
+    (tmp_path / 'cam' / f'{names_of(data)[0]}.npy').write_bytes(b'old.')
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--overwrite', '--cam_format', 'npz'))
+    assert not list((tmp_path / 'cam').glob('*.npy')) and len(list((tmp_path / 'cam').glob('*.npz'))) == 7
+
+
 def test_overwrite_makes_the_folder_anew(data):
     done(cams(data, '--out_cam', 'anew', '--scales', 0.5))
     done(cams(data, '--out_cam', 'anew', '--overwrite'))
@@ -128,6 +150,9 @@ def test_bad_image_is_skipped_listed_and_told_by_the_exit_code(data, tmp_path, w
     assert sorted(path.stem for path in (tmp_path / 'cam').glob('*.npy')) == sorted(set(names) - {names[2]})
     result = walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw', '--voc12_root', tmp_path)
     refused(result, f'{names[2]}.npy', '--cam_dir')
+    result = walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw', '--voc12_root', tmp_path,
+                  '--on_error', 'skip')
+    assert result.returncode == 3 and len(list((tmp_path / 'rw').glob('*.png'))) == len(names) - 1
 
 
 # ----- ranks and worker processes -----

@@ -101,15 +101,16 @@ def test_run_stopped_by_sigterm_and_resumed_ends_with_the_same_weights(data, pla
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_the_step_and_saves(data, number):
+def test_signal_to_the_whole_process_group_ends_the_step_and_saves(data, number):
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_SEAM.py'),
-                                *map(str, flags('train_SEAM', f'signal{number}', '--max_epochs', 10000))],
+                                *map(str, flags('train_SEAM', f'signal{number}', '--max_epochs', 10000,
+                                                 '--num_workers', 1))], start_new_session=True,
                                cwd=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = data / f'signal{number}.log'
     while not (log.exists() and 'Iter:' in log.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and '--resume goes on' in out and 'Traceback' not in err
     assert weights(data / f'signal{number}_last.pth')['step'] >= 1
@@ -147,40 +148,43 @@ def test_failed_save_keeps_the_checkpoint_before(data, plain, monkeypatch, tmp_p
     assert last.read_bytes() == before and not list(data.glob('.plain*'))
 
 
-@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
-def test_parts_of_a_batch_add_up_to_the_batch(data, script):
-    """Dropout draws other masks for parts, so it is off here. A random network amplifies rounding: small steps."""
-    start = weights(data / ('seam_start.pth' if script == 'train_SEAM' else 'aff_start.pth'))
-    results = []
-    for accum in (1, 4):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
-            done(run(data, script, *flags(script, f'accum{accum}', '--accum', accum, '--lr', 1e-3)))
-        results.append(weights(data / f'accum{accum}.pth'))
-    assert distance(*results, start) < 1e-3       # a wrong factor makes this 0.1 and more
+@pytest.fixture(scope='module')
+def still(data):
+    """The weights of runs without dropout, which draws other masks for parts of a batch and for ranks. The random
+    networks amplify rounding: small steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
+        for script in ('train_SEAM', 'train_aff'):
+            done(run(data, script, *flags(script, f'still_{script}', '--lr', 1e-3)))
+    return {script: (weights(data / f'still_{script}.pth'), weights(data / f'{start}_start.pth'))
+            for script, start in (('train_SEAM', 'seam'), ('train_aff', 'aff'))}
 
 
 @pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
-def test_two_ranks_equal_one(data, script, tmp_path):
-    """Gloo on the CPU through torchrun, dropout off, several steps."""
-    results = []
+def test_parts_of_a_batch_add_up_to_the_batch(data, still, script, monkeypatch):
+    monkeypatch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
+    done(run(data, script, *flags(script, 'parts', '--accum', 4, '--lr', 1e-3)))
+    whole, start = still[script]
+    assert distance(whole, weights(data / 'parts.pth'), start) < 1e-3       # a wrong factor makes this 0.1 and more
+
+
+@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
+def test_two_ranks_equal_one(data, still, script, tmp_path):
+    """Gloo on the CPU through torchrun, several steps."""
     (tmp_path / 'still.py').write_text(
         'import runpy, sys, torch\n'
         'torch.nn.Dropout2d.forward = lambda self, x: x\n'
         f'sys.path.insert(0, {ROOT!r})\n'
         'sys.argv = sys.argv[1:]\n'
         'runpy.run_path(sys.argv[0], run_name="__main__")\n')
-    for ranks in (1, 2):
-        result = subprocess.run(
-            [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}',
-             tmp_path / 'still.py', os.path.join(ROOT, script + '.py'),
-             *map(str, flags(script, f'ranks{ranks}', '--lr', 1e-3))],
-            cwd=data, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        assert result.returncode == 0, result.stderr[-2000:]
-        assert result.stdout.count('Iter:    0/    6') == 1         # rank 0 alone prints
-        results.append(weights(data / f'ranks{ranks}.pth'))
-    start = weights(data / ('seam_start.pth' if script == 'train_SEAM' else 'aff_start.pth'))
-    assert distance(*results, start) < 1e-3       # a wrong factor makes this 0.1 and more
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'still.py',
+         os.path.join(ROOT, script + '.py'), *map(str, flags(script, 'ranks', '--lr', 1e-3))],
+        cwd=data, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count('Iter:    0/    6') == 1         # rank 0 alone prints
+    whole, start = still[script]
+    assert distance(whole, weights(data / 'ranks.pth'), start) < 1e-3
 
 
 def test_batch_that_does_not_divide(data):

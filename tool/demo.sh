@@ -33,8 +33,10 @@ mkdir $out
 
 step() { printf '\n===== %s\n' "$1"; }
 run() { echo "+ python $*"; "$PYTHON" "$@"; }
-score() { run evaluation.py --list $list --gt_dir $out/VOC2012/SegmentationClass --logfile $out/evallog.txt ${names[@]+"${names[@]}"} \
-    "$@"; }
+score() {
+    run evaluation.py --list $list --gt_dir $out/VOC2012/SegmentationClass --logfile $out/evallog.txt \
+        ${names[@]+"${names[@]}"} "$@"
+}
 
 step "0. A toy data set in VOC 2012's layout, and a classifier pretrained on it in place of ImageNet's"
 run voc12/make_toy.py --out $out/VOC2012 --count $count --size 96 112 --seed "$seed" ${names[@]+"${names[@]}"}

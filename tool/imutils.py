@@ -1,4 +1,5 @@
 """Images, their transforms, score files, and the dense CRF. Images are (H, W, C) unless a name says CHW."""
+import contextlib
 import os
 import random
 import warnings
@@ -74,6 +75,9 @@ def save_scores(path, scores, dtype='float32'):
             np.savez_compressed(file, **{str(key): value for key, value in scores.items()})
         else:
             np.save(file, scores, allow_pickle=True)
+    stem, extension = os.path.splitext(path)
+    with contextlib.suppress(FileNotFoundError):        # of an earlier run in the other format
+        os.unlink(stem + {'.npy': '.npz', '.npz': '.npy'}[extension])
 
 
 def find_scores(path, flag):

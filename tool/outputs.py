@@ -1,6 +1,7 @@
 """Output folders of long runs: what is finished already, what may be skipped, and whether the disk will do."""
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -22,27 +23,45 @@ def file_digest(path):
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
+def read_settings(folder):
+    """What `open_folder` has written about a folder; an empty dict where there is nothing. Raises BadInput."""
+    path = os.path.join(folder, SETTINGS)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding='utf-8') as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f'cannot read {path}: {error}; name another folder, or --overwrite') from error
+
+
 def open_folder(folder, flag, settings, overwrite):
     """Creates an output folder, or takes up one that was made with the same settings (a dict for json).
 
-    Raises BadInput, naming the difference, for a folder of other settings; with `overwrite` it is taken over.
+    Raises BadInput, naming the difference, for a folder of other settings, and for one with results of unknown
+    settings; with `overwrite` it is taken over, and the caller removes what is in it.
     """
     make_dir(folder, flag)
-    path = os.path.join(folder, SETTINGS)
     settings = json.loads(json.dumps(settings))
-    if os.path.isfile(path) and not overwrite:
-        try:
-            with open(path, encoding='utf-8') as file:
-                before = json.load(file)
-            differ = [f'{key} was {before.get(key)}, is {settings.get(key)}'
-                      for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        except (ValueError, AttributeError) as error:
-            raise BadInput(f'cannot read {path} ({flag}): {error}; --overwrite makes the folder anew') from error
+    if not overwrite:
+        before = read_settings(folder)
+        differ = [f'{key} was {before.get(key)}, is {settings.get(key)}'
+                  for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        if not before:
+            results = any(os.path.splitext(name)[1] in LAST_BYTES for name in os.listdir(folder))
+            differ = [f'it has results and no {SETTINGS}'] if results else []
         if differ:
             raise BadInput(f'{folder} ({flag}) was made with other settings: {"; ".join(differ)}. Name another folder, '
                            'or make it anew with --overwrite')
-    with atomic_write(path) as file:
+    with atomic_write(os.path.join(folder, SETTINGS)) as file:
         file.write(json.dumps(settings, indent=1).encode())
+
+
+def remove(paths):
+    """Removes the files that exist."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def is_whole(path):
@@ -84,10 +103,11 @@ class Errors:
         self.lines.append(str(error))
 
     def report(self):
-        """Lists what was skipped. Returns the exit code: 0, or 3 where something was."""
+        """Lists what was skipped. Returns the exit code: 3 where something was, else 0; also for a rank of torchrun,
+        which would stop the other ranks."""
         for line in self.lines:
             tqdm.write(f'skipped: {line}')
-        return 3 if self.lines else 0
+        return 3 if self.lines and 'WORLD_SIZE' not in os.environ else 0
 
 
 class BoundedPool:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's tables, row by row, on any data root. What is finished is not done again, so it can be stopped at any time.
+# The paper's tables, row by row, on any data root. What is finished is not done again, so it can be stopped any time.
 #   TABLE=1 bash tool/tables.sh              baseline, + ER, + PCM, + mining, + CRF, random walk
 #   TABLE=transform                          which transform the equivariance is asked for
 #   TABLE=scale                              each test scale alone, and all of them
@@ -24,7 +24,11 @@ AFF=${AFF:-network.resnet38_aff}
 WEIGHTS=${WEIGHTS:-ilsvrc-cls_rna-a1_cls1000_ep-0001.params}        # what training starts from
 SCALES=${SCALES:-0.5 1.0 1.5 2.0}           # test scales
 ALPHAS=${ALPHAS:-4 24}                      # CRF exponents; the first and the last go to AffinityNet
-TRAIN=${TRAIN:-}                            # more flags for train_SEAM.py, train_aff.py, infer_*.py, infer_aff.py
+TRAIN_LIST=${TRAIN_LIST:-voc12/train_aug.txt}                       # images to train on
+LIST=${LIST:-$ROOT/ImageSets/Segmentation/train.txt}                # images to score
+NAMES=${NAMES:-}                            # own classes: "--class_names FILE", for every script
+LABELS=${LABELS:-}                          # "--cls_labels FILE"
+TRAIN=${TRAIN:-}                            # more flags for train_SEAM.py, train_aff.py, both infer_*.py, infer_aff.py
 TRAIN_AFF=${TRAIN_AFF:-}
 INFER=${INFER:-}
 WALK=${WALK:-}
@@ -32,16 +36,17 @@ mkdir -p "$OUT"
 
 run() { echo "+ python $*"; "$PYTHON" "$@"; }
 
+go_on() { [ ! -f $1_last.pth ] || echo --resume; }       # SESSION: the flag for a training that was stopped
+
 start() {       # sets $root, $train_list, $list, $weights for a seed; makes the toy set and its classifier
-    root=$ROOT weights=$WEIGHTS backbone=$WEIGHTS train_list=${TRAIN_LIST:-voc12/train_aug.txt}
-    list=${LIST:-$ROOT/ImageSets/Segmentation/train.txt} aff_list=${LIST:-$train_list}
+    root=$ROOT weights=$WEIGHTS backbone=$WEIGHTS train_list=$TRAIN_LIST list=$LIST
     if [ -n "${TOY:-}" ]; then
-        root=$ROOT$seed list=$root/ImageSets/Segmentation/train.txt train_list=$list aff_list=$list
+        root=$ROOT$seed list=$root/ImageSets/Segmentation/train.txt train_list=$list
         weights=$OUT/pretrained$seed.pth backbone=$OUT/pretrained${seed}_backbone.pth
-        [ -f $list ] || run voc12/make_toy.py --out $root --count 240 --size 96 112 --seed $seed
-        [ -f $weights ] || run train_SEAM.py --voc12_root $root --train_list $list $TRAIN --network $SEAM \
+        [ -f $list ] || run voc12/make_toy.py --out $root --count 240 --size 96 112 --seed $seed $NAMES
+        [ -f $weights ] || run train_SEAM.py --voc12_root $root --train_list $list $TRAIN $NAMES --network $SEAM \
             --classifier_only --train_bn --dropout 0 --momentum 0.9 --lr 0.03 --batch_size 16 --max_epochs 25 \
-            --seed $seed --session_name "${weights%.pth}"
+            --seed $seed --session_name ${weights%.pth} $(go_on ${weights%.pth})
     fi
 }
 
@@ -49,22 +54,22 @@ train() {       # NAME FLAGS...: a training of step 1
     local session=$OUT/$1$seed
     shift
     [ -f $session.pth ] || run train_SEAM.py --voc12_root $root --train_list $train_list --network $SEAM \
-        --weights $weights --seed $seed --session_name $session $TRAIN "$@" \
-        $([ ! -f ${session}_last.pth ] || echo --resume)
+        --weights $weights --seed $seed --session_name $session $TRAIN $NAMES $LABELS "$@" $(go_on $session)
 }
 
 cams() {        # NAME WEIGHTS_NAME FLAGS...: CAMs of step 2
     local out=$OUT/$1$seed session=$OUT/$2$seed
     shift 2
-    run infer_SEAM.py --voc12_root $root --infer_list $list --network $SEAM --weights $session.pth --out_cam ${out}_cam \
-        $INFER "$@"
+    run infer_SEAM.py --voc12_root $root --infer_list $list --network $SEAM --weights $session.pth \
+        --out_cam ${out}_cam $INFER $NAMES $LABELS "$@"
 }
 
 score() {       # TABLE ROW FOLDER FLAGS...: one row of a table
     local comment="$1 | $2 | $seed" folder=$3
     shift 3
-    grep -qsF "	$comment" $OUT/evallog.txt || run evaluation.py --list $list --gt_dir $root/SegmentationClass \
-        --logfile $OUT/evallog.txt --comment "$comment" --predict_dir $folder --out_prefix $folder "$@"
+    cut -sf2- $OUT/evallog.txt 2>/dev/null | grep -qxF -- "$comment" || run evaluation.py --list $list \
+        --gt_dir $root/SegmentationClass --logfile $OUT/evallog.txt --comment "$comment" --predict_dir $folder --out_prefix $folder \
+        $NAMES "$@"
 }
 
 curve() { score "$@" --type npy --curve True; }
@@ -90,17 +95,19 @@ table_1() {
     curve 1 "+ PCM and ECR" $OUT/pcm${seed}_cam
     seam
     curve 1 "+ hard-example mining (SEAM)" $OUT/seam${seed}_cam
-    run infer_SEAM.py --voc12_root $root --infer_list $aff_list --network $SEAM --weights $OUT/seam$seed.pth \
-        --out_cam $OUT/seam${seed}_aff_cam --out_crf $OUT/seam${seed}_crf --crf_alpha $ALPHAS --scales $SCALES $INFER
-    local alpha low=${ALPHAS%% *} high=${ALPHAS##* }
-    for alpha in $ALPHAS; do
-        score 1 "+ CRF, alpha $alpha" $OUT/seam${seed}_crf_$alpha.0 --type crf
+    run infer_SEAM.py --voc12_root $root --infer_list $train_list --network $SEAM --weights $OUT/seam$seed.pth \
+        --out_cam $OUT/seam${seed}_aff_cam --out_crf $OUT/seam${seed}_crf --crf_alpha $ALPHAS --scales $SCALES $INFER \
+        $NAMES $LABELS
+    local alpha alphas=($(printf '%.1f ' $ALPHAS))      # as in the names of the folders
+    for alpha in ${alphas[*]}; do
+        score 1 "+ CRF, alpha $alpha" $OUT/seam${seed}_crf_$alpha --type crf
     done
-    [ -f $OUT/aff$seed.pth ] || run train_aff.py --voc12_root $root --train_list $aff_list --network $AFF \
-        --weights $backbone --la_crf_dir $OUT/seam${seed}_crf_$low.0 --ha_crf_dir $OUT/seam${seed}_crf_$high.0 \
-        --seed $seed --session_name $OUT/aff$seed $TRAIN_AFF
+    [ -f $OUT/aff$seed.pth ] || run train_aff.py --voc12_root $root --train_list $train_list --network $AFF \
+        --weights $backbone --la_crf_dir $OUT/seam${seed}_crf_${alphas[0]} \
+        --ha_crf_dir $OUT/seam${seed}_crf_${alphas[${#alphas[*]}-1]} --seed $seed --session_name $OUT/aff$seed \
+        $TRAIN_AFF $NAMES $(go_on $OUT/aff$seed)
     run infer_aff.py --voc12_root $root --infer_list $list --network $AFF --weights $OUT/aff$seed.pth \
-        --cam_dir $OUT/seam${seed}_cam --out_rw $OUT/rw$seed $WALK $INFER
+        --cam_dir $OUT/seam${seed}_cam --out_rw $OUT/rw$seed $WALK $INFER $NAMES
     score 1 "random walk" $OUT/rw$seed --type png
 }
 

@@ -1,7 +1,6 @@
 """Optimizer, random numbers, devices and ranks, checkpoints."""
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-from tool.pyutils import BadInput, atomic_write, check_file
+from tool.pyutils import BadInput, NotFinite, atomic_write, check_file
 from tool.safe_pickle import check_weights, describe
 
 
@@ -116,16 +115,22 @@ def get_device(name, tf32=False):
         raise BadInput(f'--device {name}: cuda, cuda:N or cpu expected')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f'--device {name}: {torch.cuda.device_count()} GPUs are visible to PyTorch')
+    if device.index is not None and device.type == 'cuda':
+        torch.cuda.set_device(device)
     return device
 
 
-def parallel(net, device):
+def parallel(net, device, amp='off'):
     """net, wrapped so that batches spread over the ranks of torchrun, or for `--device cuda` over all visible GPUs."""
     if get_rank()[1] > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        for buffer in net.buffers():        # batch norm that each rank may have calibrated on images of its own
+            dist.broadcast(buffer, 0)
         return torch.nn.parallel.DistributedDataParallel(
             net, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
     if device.type == 'cuda' and device.index is None and torch.cuda.device_count() > 1:
+        if amp == 'bf16':       # its threads fall back to fp16
+            raise BadInput('--amp bf16 on several GPUs needs torchrun; or name one with --device cuda:0')
         return torch.nn.DataParallel(net)
     return net
 
@@ -152,11 +157,26 @@ def use_deterministic():
 def describe_run(args, device):
     """Lines for the head of a log: arguments, versions, device, revision of the code."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    revision = subprocess.run(['git', '-C', here, 'describe', '--always', '--dirty'], capture_output=True, text=True)
+    try:
+        revision = subprocess.run(['git', '-C', here, 'describe', '--always', '--dirty'], capture_output=True,
+                                  text=True).stdout.strip()
+    except OSError:             # no git here
+        revision = ''
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
     return [' '.join(f'{key}={value}' for key, value in vars(args).items()),
             f'python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}; {name}, '
-            f'{get_rank()[1]} ranks; revision {revision.stdout.strip() or "unknown"}']
+            f'{get_rank()[1]} ranks; revision {revision or "unknown"}']
+
+
+def peak_memory():
+    """Bytes: the most that this process has had on the GPU, or without one in main memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:                 # not on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def report_progress(log, timer, optimizer, args, epoch_steps, means, counts=()):
@@ -176,12 +196,8 @@ def report_progress(log, timer, optimizer, args, epoch_steps, means, counts=()):
     if 'mAP' in means:
         parts.append(f'mAP: {means["mAP"]:.1f}')
     log(' '.join(parts))
-    if torch.cuda.is_initialized():
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     log.record({'step': step - 1, 'epoch': (step - 1) // epoch_steps, **means, 'lr': lr, 'images_per_second': speed,
-                'memory_gib': memory / 2 ** 30})
+                'memory_gib': peak_memory() / 2 ** 30})
 
 
 # ----- checkpoints -----
@@ -199,7 +215,10 @@ def save_weights(net, path, leave_out=()):
 
 
 def save_checkpoint(path, net, optimizer, scaler, args):
-    """Writes all that `resume` needs: weights, optimizer, number of updates, and the arguments that it compares."""
+    """Writes all that `resume` needs: weights, optimizer, number of updates, and the arguments that it compares.
+    Raises NotFinite rather than put ruined weights in place of good ones."""
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        raise NotFinite(f'the weights are not finite after step {optimizer.global_step}; {path} is as before')
     checkpoint = {'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                   'step': optimizer.global_step, 'args': vars(args), 'torch': str(torch.__version__)}
     with atomic_write(path) as file:
@@ -224,6 +243,11 @@ def resume(path, net, optimizer, scaler, args):
         raise BadInput(f'{path} (--resume) is no checkpoint of this training: {describe(error)}') from error
     if differ:
         raise BadInput(f'{path} (--resume) was made with other flags: {", ".join(differ)}')
+
+
+def ignore_sigterm(_):
+    """`worker_init_fn` of the loaders: where a whole process group is signalled, the workers outlive the last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StopOnSignal:
