@@ -48,3 +48,5 @@ def aff_net():
 @pytest.fixture(autouse=True)
 def _threads():
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(2)        # for the fixtures of the next module, which come before its first test

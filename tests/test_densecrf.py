@@ -101,6 +101,8 @@ def filter_by_dictionary(features, values):
 @pytest.fixture(autouse=True)
 def _threads():
     torch.set_num_threads(1)        # the images are too small for two
+    yield
+    torch.set_num_threads(2)
 
 
 # ----- the same answer -----
