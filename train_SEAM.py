@@ -92,7 +92,7 @@ from tool.metrics import ClassificationMeter
 from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_file, check_range, exit_on_bad_input,
                           import_network)
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
-                             describe_run, get_device, get_rank, ignore_sigterm, parallel, report_progress, resume,
+                             describe_run, get_device, get_rank, outlive_sigterm, parallel, report_progress, resume,
                              save_checkpoint, save_weights, set_seed, use_deterministic)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
@@ -316,7 +316,7 @@ def main(args):
     log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda', worker_init_fn=ignore_sigterm)
+                        pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if not args.weights and not args.resume:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
             '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')

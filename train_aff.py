@@ -61,7 +61,7 @@ from tool import imutils
 from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_dir, check_file, check_range, exit_on_bad_input,
                           import_network)
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
-                             describe_run, get_device, get_rank, ignore_sigterm, parallel, report_progress, resume,
+                             describe_run, get_device, get_rank, outlive_sigterm, parallel, report_progress, resume,
                              save_checkpoint, save_weights, set_seed, sum_over_ranks, use_deterministic)
 from voc12.canonical import describe_list
 from voc12.data import STRIDE, VOC12AffDataset
@@ -158,7 +158,7 @@ def main(args):
     log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda', worker_init_fn=ignore_sigterm)
+                        pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if not args.weights and not args.resume:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))

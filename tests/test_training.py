@@ -116,6 +116,18 @@ def test_signal_to_the_whole_process_group_ends_the_step_and_saves(data, number)
     assert weights(data / f'signal{number}_last.pth')['step'] >= 1
 
 
+def test_error_nobody_catches_ends_the_loader_workers_too():
+    code = """
+import torch
+from tool.torchutils import outlive_sigterm
+batches = iter(torch.utils.data.DataLoader(range(100), num_workers=1, worker_init_fn=outlive_sigterm))
+next(batches)
+raise RuntimeError('in the middle')
+"""
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and 'in the middle' in result.stderr
+
+
 def test_workers_do_not_change_the_weights(data, plain):
     done(run(data, 'train_SEAM', *flags('train_SEAM', 'workers', '--num_workers', 2)))
     assert same(plain['train_SEAM'], weights(data / 'workers.pth'))

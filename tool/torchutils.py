@@ -1,4 +1,6 @@
 """Optimizer, random numbers, devices and ranks, checkpoints."""
+import atexit
+import multiprocessing
 import os
 import random
 import signal
@@ -245,9 +247,17 @@ def resume(path, net, optimizer, scaler, args):
         raise BadInput(f'{path} (--resume) was made with other flags: {", ".join(differ)}')
 
 
-def ignore_sigterm(_):
+def outlive_sigterm(_):
     """`worker_init_fn` of the loaders: where a whole process group is signalled, the workers outlive the last step."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers():
+    """Python ends the workers that a failed run left with SIGTERM and waits for them: for ever, if they outlive it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class StopOnSignal:
