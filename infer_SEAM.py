@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils, visualization
-from tool.outputs import BoundedPool, Errors, SkipBad, SpaceCheck, file_digest, is_whole, open_folder, remove
+from tool.outputs import BoundedPool, Errors, SkipBad, SpaceCheck, file_digest, is_whole, open_folder
 from tool.pyutils import (BadInput, available_cores, check_file, check_range, exit_on_bad_input, import_network,
                           make_dir)
 from tool.torchutils import autocast, get_device, get_rank
@@ -188,6 +188,9 @@ def main(args):
     net.eval().to(device)
 
     # ----- outputs: what is finished is left alone -----
+    names = dataset.img_name_list
+    rank, ranks = get_rank()
+    mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
     settings = {key: getattr(args, key) for key in ('network', 'scales', 'flip', 'map', 'pcm', 'amp')}
     settings.update(weights=file_digest(args.weights), class_names=class_names,
                     cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
@@ -197,7 +200,9 @@ def main(args):
                                *((folder, '--out_crf', {**dicts, 'alpha': alpha})
                                  for folder, alpha in zip(crf_dirs, args.crf_alpha))):
         if folder:
-            open_folder(folder, flag, {**settings, **more}, args.overwrite)
+            ends = ['.png'] if flag == '--out_cam_pred' else ['.npy', '.npz']       # either format may be there
+            open_folder(folder, flag, {**settings, **more}, args.overwrite,
+                        [os.path.join(folder, names[index] + end) for index in mine for end in ends])
 
     def outputs(name):
         """Paths of the files of one image: CAM, label map, CRFs; None for what is not asked for."""
@@ -205,11 +210,6 @@ def main(args):
                 ((args.out_cam, '.' + args.cam_format), (args.out_cam_pred, '.png'),
                  *((folder, '.' + args.cam_format) for folder in crf_dirs))]
 
-    names = dataset.img_name_list
-    rank, ranks = get_rank()
-    mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
-    if args.overwrite:
-        remove(path for index in mine for path in outputs(names[index]) if path)
     todo = [index for index in mine if not all(is_whole(path) for path in outputs(names[index]) if path)]
     if len(todo) < len(mine):
         print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')

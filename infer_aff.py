@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from network.resnet38d import load_weights
 from tool import imutils, visualization
-from tool.outputs import BoundedPool, Errors, SkipBad, file_digest, is_whole, open_folder, read_settings, remove
+from tool.outputs import BoundedPool, Errors, SkipBad, file_digest, is_whole, open_folder, read_settings
 from tool.pairs import fit_radius, pair_indices
 from tool.pyutils import (BadInput, available_cores, check_dir, check_file, check_range, exit_on_bad_input,
                           import_network, make_dir)
@@ -182,12 +182,11 @@ def main(args):
     settings = {key: getattr(args, key) for key in ('network', 'cam_dir', 'alpha', 'beta', 'logt', 'crf', 'amp',
                                                     'ignore_below', 'ignore_crf')}
     settings.update(weights=file_digest(args.weights), cams=read_settings(args.cam_dir))
-    open_folder(args.out_rw, '--out_rw', settings, args.overwrite)
     rank, ranks = get_rank()
     mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
-    if args.overwrite:
-        remove(os.path.join(args.out_rw, names[index] + '.png') for index in mine)
-    todo = [index for index in mine if not is_whole(os.path.join(args.out_rw, names[index] + '.png'))]
+    paths = {index: os.path.join(args.out_rw, names[index] + '.png') for index in mine}
+    open_folder(args.out_rw, '--out_rw', settings, args.overwrite, paths.values())
+    todo = [index for index in mine if not is_whole(paths[index])]
     if len(todo) < len(mine):
         print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,

@@ -98,12 +98,20 @@ def test_walk_notices_that_the_cams_are_others(data, tmp_path):
     refused(walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw'), 'rw (--out_rw)', 'cams was')
 
 
-def test_overwrite_removes_what_is_there_first(data, tmp_path):
+def test_overwrite_removes_what_is_there_first(data, tmp_path, monkeypatch):
     """Else a run that is stopped in the middle would leave old results under new settings."""
     shutil.copytree(data / 'cam', tmp_path / 'cam')
     (tmp_path / 'cam' / f'{names_of(data)[0]}.npy').write_bytes(b'old.')
     done(cams(data, '--out_cam', tmp_path / 'cam', '--overwrite', '--cam_format', 'npz'))
     assert not list((tmp_path / 'cam').glob('*.npy')) and len(list((tmp_path / 'cam').glob('*.npz'))) == 7
+    old = [str(path) for path in (tmp_path / 'cam').glob('*.npz')]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(outputs, 'atomic_write', killed)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.open_folder(str(tmp_path / 'cam'), '--out_cam', {'scales': [2]}, True, old)
+    assert not list((tmp_path / 'cam').iterdir())
 
 
 def test_overwrite_makes_the_folder_anew(data):

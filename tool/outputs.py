@@ -35,33 +35,30 @@ def read_settings(folder):
         raise BadInput(f'cannot read {path}: {error}; name another folder, or --overwrite') from error
 
 
-def open_folder(folder, flag, settings, overwrite):
+def open_folder(folder, flag, settings, overwrite, paths):
     """Creates an output folder, or takes up one that was made with the same settings (a dict for json).
 
     Raises BadInput, naming the difference, for a folder of other settings, and for one with results of unknown
-    settings; with `overwrite` it is taken over, and the caller removes what is in it.
+    settings. With `overwrite` it is taken over, and the results among `paths` are removed: after the settings, so that
+    a run killed in between leaves no old result that passes for one of the new settings.
     """
     make_dir(folder, flag)
     settings = json.loads(json.dumps(settings))
-    if not overwrite:
-        before = read_settings(folder)
-        differ = [f'{key} was {before.get(key)}, is {settings.get(key)}'
-                  for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        if not before:
-            results = any(os.path.splitext(name)[1] in LAST_BYTES for name in os.listdir(folder))
-            differ = [f'it has results and no {SETTINGS}'] if results else []
-        if differ:
-            raise BadInput(f'{folder} ({flag}) was made with other settings: {"; ".join(differ)}. Name another folder, '
-                           'or make it anew with --overwrite')
+    if overwrite:
+        for path in (os.path.join(folder, SETTINGS), *paths):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+    before = read_settings(folder)
+    differ = [f'{key} was {before.get(key)}, is {settings.get(key)}'
+              for key in {**before, **settings} if before.get(key) != settings.get(key)]
+    if not before:
+        results = any(os.path.splitext(name)[1] in LAST_BYTES for name in os.listdir(folder))
+        differ = [f'it has results and no {SETTINGS}'] if results else []
+    if differ and not overwrite:
+        raise BadInput(f'{folder} ({flag}) was made with other settings: {"; ".join(differ)}. Name another folder, '
+                       'or make it anew with --overwrite')
     with atomic_write(os.path.join(folder, SETTINGS)) as file:
         file.write(json.dumps(settings, indent=1).encode())
-
-
-def remove(paths):
-    """Removes the files that exist."""
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
 
 
 def is_whole(path):
