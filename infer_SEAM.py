@@ -73,6 +73,8 @@ from tool.torchutils import autocast, get_device, get_rank
 from voc12.data import VOC12ClsDatasetMSF
 from voc12.lists import get_img_path, load_class_names
 
+LARGE_VIEW = 3 * 600 * 800      # from here on a view and its mirror go one by one: together they take memory, not less time
+
 
 def grad_cam(net, x, plus):
     """Grad-CAM (Selvaraju et al. 2017) or, with `plus`, Grad-CAM++ (Chattopadhay et al. 2018) at conv6, times the
@@ -109,8 +111,9 @@ def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device=
     for view, mirrored in zip(views[::2], views[1::2]):
         x = torch.stack([view, mirrored] if flip else [view]).to(device, non_blocking=True)
         with autocast(x.device, amp):
-            cam = class_maps(net, x, kind)
-        cam = cam[:, 1:][:, classes].float()                                       # (2, classes, h, w)
+            cam = torch.cat([class_maps(net, part, kind)[:, 1:][:, classes]
+                             for part in x.split(1 if view.numel() > LARGE_VIEW else 2)])
+        cam = cam.float()                                                          # (2, classes, h, w)
         cam = F.interpolate(cam, x.shape[2:], mode='bilinear', align_corners=True)
         cam = F.interpolate(cam, size, mode='bilinear', align_corners=False).cpu().numpy()
         total += cam[0]

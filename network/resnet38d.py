@@ -33,12 +33,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         """x: (N, in, H, W). Returns (output (N, out, H/stride, W/stride), activated input (N, in, H, W))."""
-        activated = F.relu(self.bn_branch2a(x))
+        activated = F.relu_(self.bn_branch2a(x))
         # the projection takes the activated tensor, the identity the raw one
         shortcut = x if self.same_shape else self.conv_branch1(activated)
         x = self.conv_branch2a(activated)
-        x = self.conv_branch2b1(F.relu(self.bn_branch2b1(x)))
-        return shortcut + x, activated
+        x = self.conv_branch2b1(F.relu_(self.bn_branch2b1(x)))
+        return x.add_(shortcut), activated
 
 
 class ResBlock_bot(nn.Module):
@@ -59,11 +59,11 @@ class ResBlock_bot(nn.Module):
 
     def forward(self, x):
         """x: (N, in, H, W). Returns (output (N, out, H/stride, W/stride), activated input (N, in, H, W))."""
-        activated = F.relu(self.bn_branch2a(x))
+        activated = F.relu_(self.bn_branch2a(x))
         x = self.conv_branch2a(activated)
-        x = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(x))))
-        x = self.conv_branch2b2(self.dropout_2b2(F.relu(self.bn_branch2b2(x))))
-        return self.conv_branch1(activated) + x, activated
+        x = self.conv_branch2b1(self.dropout_2b1(F.relu_(self.bn_branch2b1(x))))
+        x = self.conv_branch2b2(self.dropout_2b2(F.relu_(self.bn_branch2b2(x))))
+        return x.add_(self.conv_branch1(activated)), activated
 
 
 class Net(nn.Module):
@@ -128,7 +128,7 @@ class Net(nn.Module):
             x, _ = run(block, x)
         x, conv5 = run(self.b6, x)
         x, _ = run(self.b7, x)
-        return {'conv3': conv3, 'conv4': conv4, 'conv5': conv5, 'conv6': F.relu(self.bn7(x))}
+        return {'conv3': conv3, 'conv4': conv4, 'conv5': conv5, 'conv6': F.relu_(self.bn7(x))}
 
     def train(self, mode=True):
         """Sets the mode, then freezes batch norm and the `not_training` layers again. Returns self."""

@@ -5,12 +5,12 @@
 #   --class_names FILE               with class names of your own in place of VOC's, one a line
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-seed=0 full= names=()
+seed=0 full= names=() kinds=(--classes 4)
 while [ $# -gt 0 ]; do
     case "$1" in
         --seed) seed=$2; shift 2 ;;
         --full) full=1; shift ;;
-        --class_names) names=(--class_names "$2"); shift 2 ;;
+        --class_names) names=(--class_names "$2") kinds=("${names[@]}"); shift 2 ;;
         *) echo "usage: bash tool/demo.sh [--seed N] [--full] [--class_names FILE]" >&2; exit 2 ;;
     esac
 done
@@ -28,6 +28,7 @@ list=$out/VOC2012/ImageSets/Segmentation/train.txt
 train=(--train_list $list "${data[@]}" --seed "$seed")
 infer=(--infer_list $list "${data[@]}")
 crop=(--resize_long 64 112 --crop_size 64)      # as the paper's 448..768 and 448, a seventh
+scales="0.25 0.5 0.75"                          # so that the network sees objects about as large as in training
 rm -rf $out
 mkdir $out
 
@@ -39,10 +40,10 @@ score() {
 }
 
 step "0. A toy data set in VOC 2012's layout, and a classifier pretrained on it in place of ImageNet's"
-run voc12/make_toy.py --out $out/VOC2012 --count $count --size 96 112 --seed "$seed" ${names[@]+"${names[@]}"}
+run voc12/make_toy.py --out $out/VOC2012 --count $count --size 192 224 --seed "$seed" ${kinds[@]+"${kinds[@]}"}
 run train_SEAM.py "${train[@]}" "${crop[@]}" --network $seam --classifier_only --train_bn --dropout 0 \
     --momentum 0.9 --lr 0.03 --batch_size $((2 * batch)) --max_epochs $pretrain_epochs --session_name $out/pretrained
-run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/pretrained.pth --scales 0.5 1 1.5 \
+run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/pretrained.pth --scales $scales \
     --map cam --out_cam $out/plain_cam
 
 step "1. SEAM training"
@@ -50,8 +51,8 @@ run train_SEAM.py "${train[@]}" "${crop[@]}" --network $seam --weights $out/pret
     --batch_size $batch --max_epochs $seam_epochs --session_name $out/seam
 
 step "2. SEAM inference: CAMs, and their dense CRF"
-run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/seam.pth --scales 0.5 1 1.5 \
-    --out_cam $out/cam --out_crf $out/crf --crf_alpha 4 8 24
+run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/seam.pth --scales $scales \
+    --out_cam $out/cam --out_crf $out/crf --crf_alpha 2 4 8
 
 step "3. SEAM evaluation: the curve of mIoU over the background score"
 run tool/report.py trivial --cam_dir $out/cam --out_dir $out/trivial
@@ -59,19 +60,19 @@ score --predict_dir $out/trivial/background --comment "trivial: all background" 
 score --predict_dir $out/trivial/labels --comment "trivial: the label everywhere" > /dev/null
 score --predict_dir $out/plain_cam --type npy --curve True --comment "plain CAM" | tail -n 1
 score --predict_dir $out/cam --type npy --curve True --comment "SEAM CAM"
-for alpha in 4 8 24; do
+for alpha in 2 4 8; do
     score --predict_dir $out/crf_$alpha.0 --type crf --comment "SEAM CAM + CRF, alpha $alpha"
 done
 
 step "4. AffinityNet training"
-run train_aff.py "${train[@]}" --crop_size 96 --network $aff --weights $out/pretrained_backbone.pth --momentum 0.9 \
-    --la_crf_dir $out/crf_4.0 --ha_crf_dir $out/crf_24.0 \
+run train_aff.py "${train[@]}" --crop_size 128 --network $aff --weights $out/pretrained_backbone.pth --momentum 0.9 \
+    --la_crf_dir $out/crf_2.0 --ha_crf_dir $out/crf_8.0 \
     --batch_size $batch --max_epochs $aff_epochs --session_name $out/aff
 
 step "5. Random walk"
-# the feature maps are a quarter as wide as VOC's: fewer steps, and more weight on high affinities
+# the feature maps are half as wide as VOC's: fewer steps, and more weight on high affinities
 run infer_aff.py "${infer[@]}" --network $aff --weights $out/aff.pth --cam_dir $out/cam \
-    --alpha 10 --beta 16 --logt 4 --out_rw $out/rw
+    --alpha 4 --beta 16 --logt 4 --out_rw $out/rw
 
 step "6. Random walk evaluation"
 score --predict_dir $out/rw --type png --comment "random walk"
@@ -79,5 +80,5 @@ score --predict_dir $out/rw --type png --comment "random walk"
 step "Result, seed $seed, $((SECONDS / 60)) min $((SECONDS % 60)) s"
 run tool/report.py table --logfile $out/evallog.txt
 run tool/visualization.py --voc12_root $out/VOC2012 --list $list --cam_dir $out/plain_cam $out/cam \
-    --crf_dir $out/crf_8.0 --label_dir $out/rw --out $out/result.png
+    --crf_dir $out/crf_4.0 --label_dir $out/rw --out $out/result.png
 echo "The picture: $out/result.png"

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from tool import imutils
 from tool.pyutils import atomic_write, exit_on_bad_input, make_dir
 
-MEASURES = ('mIoU', 'mIoU_present', 'mFP', 'mFN', 'accuracy')
+MEASURES = ('mIoU', 'mFP', 'mFN', 'accuracy')
 # mIoU on VOC 2012 train
 PUBLISHED = {('1', 'baseline'): 47.43, ('1', '+ hard-example mining (SEAM)'): 55.41, ('1', '+ CRF'): 56.83,
              ('1', 'random walk'): 63.61, ('transform', 'rescale'): 55.41, ('scale', 'all'): 55.41,
@@ -60,28 +60,32 @@ def print_table(args):
 
 def write_tables(args):
     """The tables of tool/tables.sh from the log, whose comments are `table | row | seed`: a CSV of all numbers, and a
-    markdown table with mean and standard deviation over the seeds beside what is published."""
+    markdown table with mean and standard deviation over the seeds beside what is published. The plateau of a curve is
+    the range of background scores whose mIoU is at least 95% of the best."""
     rows = {}       # (table, row) -> list of dicts, one a seed
     for comment, numbers in read_log(args.logfile):
         table, row, seed = comment.split(' | ')
         best = int(np.argmax(numbers['mIoU'])) if isinstance(numbers['mIoU'], list) else None
         result = {key: numbers[key] if best is None else numbers[key][best] for key in MEASURES}
-        result.update(seed=seed, t='' if best is None else numbers['t'][best])
+        result.update(seed=seed, t='' if best is None else numbers['t'][best], plateau='')
+        if best is not None:
+            good = [t for t, miou in zip(numbers['t'], numbers['mIoU']) if miou >= 0.95 * result['mIoU']]
+            result['plateau'] = round(good[-1] - good[0], 4)
         rows.setdefault((table, row), []).append(result)
-    csv_lines = ['table,row,seed,background_score,' + ','.join(MEASURES)]
+    csv_lines = ['table,row,seed,background_score,plateau,' + ','.join(MEASURES)]
     text = []
     for (table, row), results in rows.items():
-        csv_lines += [f'{table},"{row}",{r["seed"]},{r["t"]},' + ','.join(f'{r[key]:.4f}' for key in MEASURES)
-                      for r in results]
+        csv_lines += [f'{table},"{row}",{r["seed"]},{r["t"]},{r["plateau"]},'
+                      + ','.join(f'{r[key]:.4f}' for key in MEASURES) for r in results]
         if not any(f'**Table: {table}**' in line for line in text):
             text += ['', f'**Table: {table}** ({len(results)} seeds)', '',
-                     '| row | background score | mIoU | mIoU, classes present | mFP | mFN | published |',
+                     '| row | best background score | plateau | mIoU | mFP | mFN | published mIoU |',
                      '|---|---|---|---|---|---|---|']
-        scores = ', '.join(f'{r["t"]:.2f}' for r in results if r['t'] != '')
+        scores, plateaus = (', '.join(f'{r[key]:.2f}' for r in results if r[key] != '') for key in ('t', 'plateau'))
         cells = [f'{np.mean(values):.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
-                 for values in ([r[key] for r in results] for key in ('mIoU', 'mIoU_present', 'mFP', 'mFN'))]
+                 for values in ([r[key] for r in results] for key in ('mIoU', 'mFP', 'mFN'))]
         published = PUBLISHED.get((table, row.split(',')[0]), 'see the paper')
-        text.append(f'| {row} | {scores} | {" | ".join(cells)} | {published} |')
+        text.append(f'| {row} | {scores} | {plateaus} | {" | ".join(cells)} | {published} |')
     for end, lines in (('.csv', csv_lines), ('.md', text[1:])):
         with atomic_write(args.out + end) as file:
             file.write('\n'.join(lines + ['']).encode())
