@@ -1,6 +1,7 @@
 """Inference that stops and goes on, skips, shards, and its switches."""
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,31 @@ def test_killed_run_goes_on_to_the_same_result(data, script, tmp_path):
         done(walk(data, '--out_rw', folder))
     whole = {name: value for name, value in contents(folder).items() if not name.startswith('.')}
     assert whole == contents(data / {'infer_SEAM': 'cam', 'infer_aff': 'rw'}[script])
+
+
+@pytest.fixture
+def small_files():
+    """As on a disk that is nearly full: no file can have 20000 bytes, which the scores of two classes need."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_leaves_whole_files_alone(data, tmp_path, small_files):
+    refused(cams(data, '--out_cam', tmp_path / 'cam'), 'cannot write', '.npy')
+    finished = contents(tmp_path / 'cam')
+    assert finished.items() <= contents(data / 'cam').items() and len(finished) < len(names_of(data))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    done(cams(data, '--out_cam', tmp_path / 'cam'))
+    assert contents(tmp_path / 'cam') == contents(data / 'cam')
+
+
+def test_folder_that_cannot_be_written(data):
+    refused(cams(data, '--out_cam', '/sys/cam'), '/sys/cam', '--out_cam')
+    refused(walk(data, '--out_rw', '/sys/rw'), '/sys/rw', '--out_rw')
 
 
 # ----- bad images -----

@@ -116,6 +116,20 @@ def test_signal_to_the_whole_process_group_ends_the_step_and_saves(data, number)
     assert weights(data / f'signal{number}_last.pth')['step'] >= 1
 
 
+def test_killed_loader_worker_is_told_and_the_checkpoint_stays(data):
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_SEAM.py'),
+                                *map(str, flags('train_SEAM', 'orphan', '--max_epochs', 10000, '--num_workers', 1,
+                                                '--save_every', 1))],
+                               cwd=data, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (data / 'orphan_last.pth').exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(.1)
+    for child in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    assert 'a loader process was killed' in process.communicate(timeout=60)[1] and process.returncode == 2
+    assert weights(data / 'orphan_last.pth')['step'] >= 1
+
+
 def test_error_nobody_catches_ends_the_loader_workers_too():
     code = """
 import torch
