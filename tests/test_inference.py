@@ -312,6 +312,17 @@ def test_closed_forms_of_grad_cam_equal_autograd(net, plus):
         assert torch.allclose(maps[:, k], expected, rtol=1e-4, atol=1e-5 * expected.max().item())
 
 
+def test_large_views_go_one_by_one_to_the_same_maps(net, monkeypatch):
+    view = torch.randn(3, 64, 80)
+    batches, cams = [], []
+    hook = net.conv1a.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    for limit in view.numel(), view.numel() - 1:
+        monkeypatch.setattr(infer_SEAM, 'LARGE_VIEW', limit)
+        cams.append(infer_SEAM.multi_scale_cam(net, [view, view.flip(-1)], [2, 5], (50, 60)))
+    hook.remove()
+    assert batches == [2, 1, 1] and np.abs(cams[0] - cams[1]).max() < 1e-5 * cams[0].max()
+
+
 def test_pcm_in_blocks_equals_pcm_at_once(net, monkeypatch):
     x = torch.randn(2, 3, 64, 80)
     whole = net(x)[1].detach()

@@ -217,7 +217,8 @@ class AvgPool2d:
         k = self.ksize
         img = np.pad(img, ((0, -img.shape[0] % k), (0, -img.shape[1] % k), (0, 0)))
         h, w, c = img.shape
-        return img.reshape(h // k, k, w // k, k, c).mean(axis=(1, 3))
+        rows = img.reshape(h // k, k, w, c).sum(axis=1)         # both axes in one go take five times as long
+        return rows.reshape(h // k, w // k, k, c).sum(axis=2) / k ** 2
 
 
 # ----- dense CRF -----
