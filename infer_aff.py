@@ -176,7 +176,8 @@ def main(args):
         imutils.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
     net = import_network(args.network, 'radius').Net()
     load_weights(net, args.weights)
-    net.eval().to(device)
+    # faster on a CPU, by a fifth; not measured on GPUs
+    net.eval().to(device, memory_format=torch.channels_last if device.type == 'cpu' else torch.contiguous_format)
 
     # ----- outputs: what is finished is left alone -----
     settings = {key: getattr(args, key) for key in ('network', 'cam_dir', 'alpha', 'beta', 'logt', 'crf', 'amp',

@@ -61,15 +61,17 @@ def print_table(args):
 def write_tables(args):
     """The tables of tool/tables.sh from the log, whose comments are `table | row | seed`: a CSV of all numbers, and a
     markdown table with mean and standard deviation over the seeds beside what is published. The plateau of a curve is
-    the range of background scores whose mIoU is at least 95% of the best."""
+    the range of background scores whose mIoU is at least 95% of the best. Means are over the classes that are there."""
     rows = {}       # (table, row) -> list of dicts, one a seed
     for comment, numbers in read_log(args.logfile):
         table, row, seed = comment.split(' | ')
         best = int(np.argmax(numbers['mIoU'])) if isinstance(numbers['mIoU'], list) else None
-        result = {key: numbers[key] if best is None else numbers[key][best] for key in MEASURES}
+        result = {key: numbers[key] if best is None else numbers[key][best] for key in ('mIoU_present', *MEASURES)}
+        share = result['mIoU'] / result['mIoU_present']         # of the classes; the others add nothing to the means
+        result.update({key: result[key] / share for key in ('mIoU', 'mFP', 'mFN')})
         result.update(seed=seed, t='' if best is None else numbers['t'][best], plateau='')
         if best is not None:
-            good = [t for t, miou in zip(numbers['t'], numbers['mIoU']) if miou >= 0.95 * result['mIoU']]
+            good = [t for t, miou in zip(numbers['t'], numbers['mIoU']) if miou >= 0.95 * max(numbers['mIoU'])]
             result['plateau'] = round(good[-1] - good[0], 4)
         rows.setdefault((table, row), []).append(result)
     csv_lines = ['table,row,seed,background_score,plateau,' + ','.join(MEASURES)]

@@ -15,7 +15,6 @@ OUT=${OUT:-tables}                          # folder of all results
 SEEDS=${SEEDS:-0}                           # "0 1 2" repeats every training
 if [ -n "${TOY:-}" ]; then                  # the demo's: slim networks, a classifier pretrained in place of ImageNet's
     SEAM=network.slim_SEAM AFF=network.slim_aff ROOT=$OUT/toy SCALES="0.25 0.5 0.75" ALPHAS="2 4 8"
-    NAMES="--class_names $OUT/classes.txt"
     TRAIN="--resize_long 64 112 --crop_size 64 --num_workers 1" INFER="--num_workers 1"
     TRAIN_AFF="--crop_size 128 --momentum 0.9 --max_epochs 5 --num_workers 1" WALK="--alpha 4 --beta 16 --logt 4"
 fi
@@ -44,8 +43,7 @@ start() {       # sets $root, $train_list, $list, $weights for a seed; makes the
     if [ -n "${TOY:-}" ]; then
         root=$ROOT$seed list=$root/ImageSets/Segmentation/train.txt train_list=$list
         weights=$OUT/pretrained$seed.pth backbone=$OUT/pretrained${seed}_backbone.pth
-        [ -f $OUT/classes.txt ] || printf '%s\n' aeroplane bicycle bird boat > $OUT/classes.txt
-        [ -f $list ] || run voc12/make_toy.py --out $root --count 240 --size 192 224 --seed $seed $NAMES
+        [ -f $list ] || run voc12/make_toy.py --out $root --count 240 --size 192 224 --seed $seed ${NAMES:---classes 4}
         [ -f $weights ] || run train_SEAM.py --voc12_root $root --train_list $list $TRAIN $NAMES --network $SEAM \
             --classifier_only --train_bn --dropout 0 --momentum 0.9 --lr 0.03 --batch_size 16 --max_epochs 25 \
             --seed $seed --session_name ${weights%.pth} $(go_on ${weights%.pth})
