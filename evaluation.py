@@ -61,7 +61,7 @@ def evaluate(names, args, thresholds):
         total += matrices
         any_ignored |= ignored
         any_object |= objects
-    if not any_ignored:
+    if not any_ignored and not args.class_names:        # other data may do without the border
         print(f'warning: no file of {args.gt_dir} (--gt_dir) on the list has a pixel of 255, the border of VOC; '
               'it may have been overwritten with predictions')
     if not any_object:

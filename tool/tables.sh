@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tool/setup.sh
 TABLE=${TABLE:-1}                           # which table
-OUT=${OUT:-tables}                          # folder of all results
+OUT=${OUT:-tables${TOY:+_toy}}                # folder of all results, one for each data root and setting
 SEEDS=${SEEDS:-0}                           # "0 1 2" repeats every training
 if [ -n "${TOY:-}" ]; then                  # the demo's: slim networks, a classifier pretrained in place of ImageNet's
     SEAM=network.slim_SEAM AFF=network.slim_aff ROOT=$OUT/toy SCALES="0.25 0.5 0.75" ALPHAS="2 4 8"
