@@ -7,7 +7,7 @@ import pytest
 
 import evaluation
 from conftest import GOLDEN, golden
-from tool import metrics
+from tool import metrics, report
 
 
 @pytest.fixture(scope='module')
@@ -81,3 +81,20 @@ def test_workers_give_the_same_sums_as_one_process(g, tmp_path):
     one, two = (evaluation.evaluate(names, argparse.Namespace(**vars(args), num_workers=n), np.zeros(1))
                 for n in (0, 8))
     assert (one == two).all() and one.sum() == 12 * sum((g[f'gt:{name}'] != 255).sum() for name in g['names'])
+
+
+def test_tables_average_over_seeds_and_the_classes_present(tmp_path, capsys):
+    log, t = tmp_path / 'log.txt', [0.1, 0.2, 0.3, 0.4]
+    for seed, curve in (0, [20, 29, 30, 29]), (1, [10, 40, 38.5, 12]):      # over 20 classes, of which half are there
+        means = {'mIoU': curve, 'mIoU_present': [2 * value for value in curve]}
+        means.update({key: [5, 6, 7, 8] for key in ('mFP', 'mFN', 'accuracy')})
+        evaluation.write_log(log, {**means, 't': t}, f'1 | baseline | {seed}')
+    numbers = {'mIoU': 35., 'mIoU_present': 35., 'mFP': 1., 'mFN': 2., 'accuracy': 3.}
+    evaluation.write_log(log, {'background': 50., **numbers}, '1 | + CRF, alpha 4.0 | 0')
+    report.write_tables(argparse.Namespace(logfile=log, out=str(tmp_path / 'tables')))
+    lines = (tmp_path / 'tables.md').read_text().splitlines()
+    assert lines[0] == '**Table: 1** (2 seeds)'
+    assert lines[-2:] == ['| baseline | 0.30, 0.20 | 0.20, 0.10 | 70.0 ± 14.1 | 13.0 ± 1.4 | 13.0 ± 1.4 | 47.43 |',
+                          '| + CRF, alpha 4.0 |  |  | 35.0 | 1.0 | 2.0 | 56.83 |']
+    assert '1,"baseline",1,0.2,0.1,80.0000,12.0000,12.0000,6.0000' in (tmp_path / 'tables.csv').read_text()
+    assert capsys.readouterr().out.splitlines() == lines
