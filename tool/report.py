@@ -67,7 +67,8 @@ def write_tables(args):
         table, row, seed = comment.split(' | ')
         best = int(np.argmax(numbers['mIoU'])) if isinstance(numbers['mIoU'], list) else None
         result = {key: numbers[key] if best is None else numbers[key][best] for key in ('mIoU_present', *MEASURES)}
-        share = result['mIoU'] / result['mIoU_present']         # of the classes; the others add nothing to the means
+        # of the classes; the others add nothing to the means
+        share = result['mIoU'] / result['mIoU_present'] if result['mIoU'] else 1
         result.update({key: result[key] / share for key in ('mIoU', 'mFP', 'mFN')})
         result.update(seed=seed, t='' if best is None else numbers['t'][best], plateau='')
         if best is not None:

@@ -68,8 +68,8 @@ score() {       # TABLE ROW FOLDER FLAGS...: one row of a table
     local comment="$1 | $2 | $seed" folder=$3
     shift 3
     cut -sf2- $OUT/evallog.txt 2>/dev/null | grep -qxF -- "$comment" || run evaluation.py --list $list \
-        --gt_dir $root/SegmentationClass --logfile $OUT/evallog.txt --comment "$comment" --predict_dir $folder --out_prefix $folder \
-        $NAMES "$@"
+        --gt_dir $root/SegmentationClass --logfile $OUT/evallog.txt --comment "$comment" \
+        --predict_dir $folder --out_prefix $folder $NAMES "$@"
 }
 
 curve() { score "$@" --type npy --curve True; }
