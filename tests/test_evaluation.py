@@ -85,7 +85,7 @@ def test_workers_give_the_same_sums_as_one_process(g, tmp_path):
 
 def test_tables_average_over_seeds_and_the_classes_present(tmp_path, capsys):
     log, t = tmp_path / 'log.txt', [0.1, 0.2, 0.3, 0.4]
-    for seed, curve in (0, [20, 29, 30, 29]), (1, [10, 40, 38.5, 12]):      # over 20 classes, of which half are there
+    for seed, curve in (1, [10, 40, 38.5, 12]), (0, [20, 29, 30, 29]):      # over 20 classes, of which half are there
         means = {'mIoU': curve, 'mIoU_present': [2 * value for value in curve]}
         means.update({key: [5, 6, 7, 8] for key in ('mFP', 'mFN', 'accuracy')})
         evaluation.write_log(log, {**means, 't': t}, f'1 | baseline | {seed}')

@@ -77,7 +77,9 @@ def write_tables(args):
         rows.setdefault((table, row), []).append(result)
     csv_lines = ['table,row,seed,background_score,plateau,' + ','.join(MEASURES)]
     text = []
-    for (table, row), results in rows.items():
+    tables = list(dict.fromkeys(table for table, _ in rows))
+    for (table, row), results in sorted(rows.items(), key=lambda item: tables.index(item[0][0])):   # as they came
+        results.sort(key=lambda result: int(result['seed']))
         csv_lines += [f'{table},"{row}",{r["seed"]},{r["t"]},{r["plateau"]},'
                       + ','.join(f'{r[key]:.4f}' for key in MEASURES) for r in results]
         if not any(f'**Table: {table}**' in line for line in text):
