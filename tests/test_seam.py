@@ -164,12 +164,14 @@ def inferred(seam_net):
         dataset = VOC12ClsDatasetMSF(os.path.join(root, 'list.txt'), root, list(g['scales']),
                                      transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
                                      cls_labels=os.path.join(root, 'labels.npy'))
+        seam_net.to(memory_format=torch.channels_last)          # as the script has it on a CPU
         for name, views, label in dataset:
             classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
             tensors = [torch.from_numpy(view) for view in views]
             size = g[name + ':rgb_decoded'].shape[:2]
             cam = infer_SEAM.multi_scale_cam(seam_net, tensors, classes, size)
             out[name] = views, classes, dict(zip(classes, infer_SEAM.normalize_cam(cam)))
+        seam_net.to(memory_format=torch.contiguous_format)
     return out
 
 
