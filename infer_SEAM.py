@@ -73,7 +73,7 @@ from tool.torchutils import autocast, get_device, get_rank
 from voc12.data import VOC12ClsDatasetMSF
 from voc12.lists import get_img_path, load_class_names
 
-LARGE_VIEW = 3 * 600 * 800      # above this a view and its mirror go one by one: a batch takes memory, no less time
+LARGE_VIEW = 3 * 360 * 360      # above this a view and its mirror go one by one: a batch takes memory, no less time
 
 
 def grad_cam(net, x, plus):
