@@ -73,7 +73,7 @@ def kill_and_go_on(work, name, seconds):
     died = 0
     for _ in range(6):
         process = start(work, name, 'killed', *more_flags(work, name), start_new_session=True)
-        time.sleep(random.uniform(0.3, 1.2) * seconds)
+        time.sleep(random.uniform(0.1, 0.8) * seconds)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)      # loader and CRF processes too, as a pre-empted node does
             died += 1
@@ -133,7 +133,8 @@ def main(args):
     def attempt(title, function, *arguments):
         nonlocal failures
         try:
-            print(title, function(*arguments) or '', 'ok', flush=True)
+            result = function(*arguments)
+            print(title, '' if result is None else result, 'ok', flush=True)
         except AssertionError as error:
             failures += 1
             print(title, 'FAILED:', error, flush=True)
