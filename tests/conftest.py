@@ -1,4 +1,6 @@
 import os
+import resource
+import signal
 import sys
 
 os.environ['OMP_NUM_THREADS'] = '2'     # also of the processes that tests start: sums depend on it
@@ -50,3 +52,14 @@ def _threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(2)        # for the fixtures of the next module, which come before its first test
+
+
+@pytest.fixture
+def small_files():
+    """As on a disk that is nearly full: no file can have 20000 bytes, which the scores of two classes need."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)

@@ -86,17 +86,17 @@ def kill_and_go_on(work, name, seconds):
     return died
 
 
-def limit_file_size():
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-
-
 def fill_disk(work, name):
+    limit = 100 if name == 'rw' else 20000      # bytes of a file; label maps are small
+
+    def limit_file_size():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     # the loader's shared memory is a file too
     code, error = finish(start(work, name, 'full', '--num_workers', '0', preexec_fn=limit_file_size))
     assert code == 2 and 'cannot write' in error, (code, error)
     assert not [file for _, _, files in os.walk(os.path.join(work, 'full')) for file in files
-                if file.endswith(('.pth', '.npy', '.png')) and os.path.getsize(os.path.join(_, file)) >= 20000]
+                if file.endswith(('.pth', '.npy', '.png')) and os.path.getsize(os.path.join(_, file)) >= limit]
 
 
 def no_folder(work, name):

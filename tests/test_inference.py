@@ -142,17 +142,6 @@ def test_killed_run_goes_on_to_the_same_result(data, script, tmp_path):
     assert whole == contents(data / {'infer_SEAM': 'cam', 'infer_aff': 'rw'}[script])
 
 
-@pytest.fixture
-def small_files():
-    """As on a disk that is nearly full: no file can have 20000 bytes, which the scores of two classes need."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_full_disk_leaves_whole_files_alone(data, tmp_path, small_files):
     refused(cams(data, '--out_cam', tmp_path / 'cam'), 'cannot write', '.npy')
     finished = contents(tmp_path / 'cam')

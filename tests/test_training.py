@@ -174,6 +174,13 @@ def test_failed_save_keeps_the_checkpoint_before(data, plain, monkeypatch, tmp_p
     assert last.read_bytes() == before and not list(data.glob('.plain*'))
 
 
+def test_full_disk_keeps_the_weights_before(tmp_path, small_files):
+    (tmp_path / 'x.pth').write_bytes(b'before')
+    with pytest.raises(pyutils.BadInput, match='cannot write .*x.pth'):
+        torchutils.save_weights(slim_aff.Net(), str(tmp_path / 'x.pth'))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('x.pth', b'before')]
+
+
 @pytest.fixture(scope='module')
 def still(data):
     """The weights of runs without dropout, which draws other masks for parts of a batch and for ranks. The random

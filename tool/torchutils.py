@@ -1,5 +1,6 @@
 """Optimizer, random numbers, devices and ranks, checkpoints."""
 import atexit
+import errno
 import multiprocessing
 import os
 import random
@@ -209,11 +210,19 @@ FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'tblog_dir', 'weights'
                   'voc12_root', 'num_workers', 'device', 'deterministic', 'accum', 'checkpointing'}
 
 
+def _save(what, path):
+    """torch.save of all or nothing. Raises BadInput where the disk is full."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(what, file)
+        except RuntimeError as error:       # of PyTorch's zip writer, whose write failed
+            raise OSError(errno.EIO, 'is the disk full?') from error
+
+
 def save_weights(net, path, leave_out=()):
     """Writes the bare state dict, which the original code loads too, without the names in `leave_out`."""
     weights = {name: tensor for name, tensor in net.state_dict().items() if name not in leave_out}
-    with atomic_write(path) as file:
-        torch.save(weights, file)
+    _save(weights, path)
 
 
 def save_checkpoint(path, net, optimizer, scaler, args):
@@ -223,8 +232,7 @@ def save_checkpoint(path, net, optimizer, scaler, args):
         raise NotFinite(f'the weights are not finite after step {optimizer.global_step}; {path} is as before')
     checkpoint = {'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                   'step': optimizer.global_step, 'args': vars(args), 'torch': str(torch.__version__)}
-    with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+    _save(checkpoint, path)
 
 
 def resume(path, net, optimizer, scaler, args):
