@@ -9,11 +9,12 @@ import time
 
 import numpy as np
 
-from tool import imutils, visualization
-from tool.imutils import IGNORE
+from tool import image_files, score_files, visualization
+from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, make_dir, str2bool
+from tool.files import atomic_write
+from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
-from tool.pyutils import (BadInput, atomic_write, check_dir, check_file, check_range, exit_on_bad_input, make_dir,
-                          parallel_map, str2bool)
+from tool.workers import parallel_map
 from voc12.canonical import describe_list
 from voc12.check import ground_truth_warnings
 from voc12.lists import GT_FOLDER, load_class_names, load_img_name_list
@@ -30,12 +31,12 @@ def score_image(name, args, thresholds):
     """(int64 (thresholds, K+1, K+1) confusion of one image, has 255, has an object)."""
     num_classes = len(load_class_names(args.class_names))
     gt_path = os.path.join(args.gt_dir, name + '.png')
-    gt = imutils.read_label_map(gt_path, '--gt_dir')
+    gt = image_files.read_label_map(gt_path, '--gt_dir')
     path = os.path.join(args.predict_dir, name + ('.png' if args.type == 'png' else '.npy'))
     if args.type == 'png':
-        scores = {0: imutils.read_label_map(path, '--predict_dir')}
+        scores = {0: image_files.read_label_map(path, '--predict_dir')}
     else:
-        scores = imutils.load_scores(path, '--predict_dir', 'crf' if args.type == 'crf' else 'cam')
+        scores = score_files.load_scores(path, '--predict_dir', 'crf' if args.type == 'crf' else 'cam')
     for key, array in scores.items():
         if array.shape != gt.shape:
             raise BadInput(f'{path} (--predict_dir) is {"x".join(map(str, array.shape))}, '
@@ -46,7 +47,7 @@ def score_image(name, args, thresholds):
     if args.type == 'npy':
         matrices = confusion_curve(gt, scores, thresholds, num_classes)
     elif args.type == 'crf':
-        pred = imutils.strongest_label(scores) if scores else np.zeros_like(gt)
+        pred = score_files.strongest_label(scores) if scores else np.zeros_like(gt)
         matrices = confusion(gt, pred, num_classes)[None]
     else:
         matrices = confusion(gt, scores[0], num_classes)[None]
@@ -172,7 +173,7 @@ def main(args):
         if args.type == 'png':
             check_file(os.path.join(args.predict_dir, name + '.png'), '--predict_dir')
         else:
-            imutils.find_scores(os.path.join(args.predict_dir, name + '.npy'), '--predict_dir')
+            score_files.find_scores(os.path.join(args.predict_dir, name + '.npy'), '--predict_dir')
     print(f'{args.list}: {describe_list(names, class_names)}')
     for warning in ground_truth_warnings(args.gt_dir, names, class_names):
         print(f'warning: {warning}')

@@ -1,59 +1,5 @@
 """Step 2: class activation maps over scales and mirrors, and their dense CRF. See the README."""
 import argparse
-
-
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
-    parser.add_argument('--infer_list', default='voc12/train.txt', help='images to work on')
-    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels; where the file is missing, the XML annotations are read')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
-    # network
-    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network: less memory and time on a GPU')
-    # maps
-    parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
-                        help='factors of the image size (the scale table)')
-    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
-                        help='1: each scale is run with its mirror image; 0: without')
-    parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
-                        help='the map refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
-    parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
-    parser.add_argument('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
-                        help='background exponents of the CRF, one output folder each')
-    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
-                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
-    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
-                                                        'all cores where a GPU runs the network, else 0')
-    # outputs
-    parser.add_argument('--out_cam', help='folder for the CAM dicts, NAME.npy')
-    parser.add_argument('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
-    parser.add_argument('--out_cam_pred', help='folder for label maps, NAME.png')
-    parser.add_argument('--out_cam_pred_alpha', default=0.26, type=float,
-                        help='background score of these label maps (not an exponent)')
-    parser.add_argument('--cam_dtype', default='float32', choices=['float32', 'float16'],
-                        help='of the CAM and CRF dicts; float16 takes half the space')
-    parser.add_argument('--cam_format', default='npy', choices=['npy', 'npz'],
-                        help="npy: the reference's pickled dicts; npz: compressed, without pickle, slower to write")
-    parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
-    parser.add_argument('--vis_count', default=20, type=int,
-                        help='how many images of the list get one; those that are finished already get none')
-    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
-    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
-                        help='skip: go on past a bad image, list it at the end, exit code 3')
-    return parser
-
-
-if __name__ == '__main__':
-    ARGS = get_args_parser().parse_args()       # before the imports below, which take seconds: --help is there at once
-
 import os
 import sys
 
@@ -64,12 +10,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
-from network.resnet38d import load_weights
-from tool import imutils, visualization
-from tool.outputs import BoundedPool, Errors, SkipBad, SpaceCheck, file_digest, is_whole, open_folder
-from tool.pyutils import (BadInput, available_cores, check_file, check_range, exit_on_bad_input, import_network,
-                          make_dir)
-from tool.torchutils import autocast, get_device, get_rank
+from network.weights import load_weights
+from tool import crf, image_files, imutils, score_files, visualization
+from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.devices import autocast, get_device, get_rank
+from tool.files import file_digest
+from tool.outputs import Errors, SkipBad, SpaceCheck, is_whole, open_folder
+from tool.workers import BoundedPool, available_cores
 from voc12.data import VOC12ClsDatasetMSF
 from voc12.lists import get_img_path, load_class_names
 
@@ -142,7 +89,7 @@ def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cp
     maps = np.stack(list(cam_dict.values()))
     with np.errstate(over='ignore'):    # a nearly flat map can be far below 0; the CRF clips the score to 1
         backgrounds = [np.power(1 - maps.max(axis=0, keepdims=True), alpha) for alpha in alphas]
-    posteriors = imutils.crf_inferences(orig_img, [np.concatenate([background, maps]) for background in backgrounds],
+    posteriors = crf.crf_inferences(orig_img, [np.concatenate([background, maps]) for background in backgrounds],
                                         backend=backend, device=device)
     return [dict(zip([0] + [key + 1 for key in cam_dict], posterior)) for posterior in posteriors]
 
@@ -150,7 +97,7 @@ def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cp
 def write_crf(cam_dict, alphas, orig_img, paths, dtype, backend, device):
     """Writes the CRF scores of one image, a file for each alpha; the job of a worker process."""
     for path, scores in zip(paths, crf_with_alphas(cam_dict, alphas, orig_img, backend, device)):
-        imutils.save_scores(path, scores, dtype)
+        score_files.save_scores(path, scores, dtype)
 
 
 def label_map(cam_dict, background_score):
@@ -159,6 +106,55 @@ def label_map(cam_dict, background_score):
     maps = np.stack(list(cam_dict.values()))
     scores = np.concatenate([np.full_like(maps[:1], background_score), maps])
     return np.array([0] + [key + 1 for key in cam_dict], np.uint8)[scores.argmax(axis=0)]
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
+    parser.add_argument('--infer_list', default='voc12/train.txt', help='images to work on')
+    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
+                        help='image-level labels; where the file is missing, the XML annotations are read')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    # network
+    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
+    parser.add_argument('--weights', required=True, help='trained .pth')
+    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network: less memory and time on a GPU')
+    # maps
+    parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
+                        help='factors of the image size (the scale table)')
+    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
+                        help='1: each scale is run with its mirror image; 0: without')
+    parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
+                        help='the map refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
+    parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
+    parser.add_argument('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
+                        help='background exponents of the CRF, one output folder each')
+    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
+                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
+    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
+                                                        'all cores where a GPU runs the network, else 0')
+    # outputs
+    parser.add_argument('--out_cam', help='folder for the CAM dicts, NAME.npy')
+    parser.add_argument('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
+    parser.add_argument('--out_cam_pred', help='folder for label maps, NAME.png')
+    parser.add_argument('--out_cam_pred_alpha', default=0.26, type=float,
+                        help='background score of these label maps (not an exponent)')
+    parser.add_argument('--cam_dtype', default='float32', choices=['float32', 'float16'],
+                        help='of the CAM and CRF dicts; float16 takes half the space')
+    parser.add_argument('--cam_format', default='npy', choices=['npy', 'npz'],
+                        help="npy: the reference's pickled dicts; npz: compressed, without pickle, slower to write")
+    parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
+    parser.add_argument('--vis_count', default=20, type=int,
+                        help='how many images of the list get one; those that are finished already get none')
+    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
+                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    return parser
 
 
 def check_args(args):
@@ -177,7 +173,7 @@ def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     device = get_device(args.device, args.tf32)
-    backend = imutils.choose_crf_backend(args.crf_backend) if args.out_crf else None
+    backend = crf.choose_crf_backend(args.crf_backend) if args.out_crf else None
     crf_dirs = [f'{args.out_crf}_{alpha:.1f}' for alpha in args.crf_alpha] if args.out_crf else []
 
     # ----- data and network -----
@@ -236,15 +232,15 @@ def main(args):
                 errors.add(item)
                 continue
             name, views, label = item
-            orig_img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
+            orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
             classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
             cam = multi_scale_cam(net, views, classes, orig_img.shape[:2], args.map, args.flip, device, args.amp)
             cam_dict = dict(zip(classes, normalize_cam(cam)))
             cam_path, label_path, *crf_paths = outputs(name)
             if cam_path:
-                imutils.save_scores(cam_path, cam_dict, args.cam_dtype)
+                score_files.save_scores(cam_path, cam_dict, args.cam_dtype)
             if label_path:
-                imutils.save_label_map(label_path, label_map(cam_dict, args.out_cam_pred_alpha))
+                image_files.save_label_map(label_path, label_map(cam_dict, args.out_cam_pred_alpha))
             if crf_paths:
                 pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, crf_paths, args.cam_dtype,
                             backend, device)
@@ -259,4 +255,4 @@ def main(args):
 
 if __name__ == '__main__':
     with exit_on_bad_input():
-        main(ARGS)
+        main(get_args_parser().parse_args())

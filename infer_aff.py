@@ -1,53 +1,5 @@
 """Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
 import argparse
-
-from tool.pyutils import str2bool
-
-
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
-    parser.add_argument('--cam_dir', required=True,
-                        help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
-    # network
-    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
-    parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network: less memory and time on a GPU')
-    # random walk
-    parser.add_argument('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
-    parser.add_argument('--beta', default=8, type=int,
-                        help='exponent of the affinities: the higher, the more weak ones are suppressed')
-    parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
-    parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
-                        help='one iteration of the dense CRF on the result')
-    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
-                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
-    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
-                                                        'all cores where a GPU runs the network, else 0')
-    # outputs
-    parser.add_argument('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
-    parser.add_argument('--ignore_below', default=0.0, type=float,
-                        help='write 255 where the winning class has less than this share of the scores')
-    parser.add_argument('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
-                        help='write 255 where the labels of these two CRF folders of infer_SEAM.py differ')
-    parser.add_argument('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
-    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
-    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
-    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
-                        help='skip: go on past a bad image, list it at the end, exit code 3')
-    return parser
-
-
-if __name__ == '__main__':
-    ARGS = get_args_parser().parse_args()       # before the imports below, which take seconds: --help is there at once
-
 import os
 import sys
 import warnings
@@ -59,13 +11,14 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
-from network.resnet38d import load_weights
-from tool import imutils, visualization
-from tool.outputs import BoundedPool, Errors, SkipBad, file_digest, is_whole, open_folder, read_settings
-from tool.pairs import fit_radius, pair_indices
-from tool.pyutils import (BadInput, available_cores, check_dir, check_file, check_range, exit_on_bad_input,
-                          import_network, make_dir)
-from tool.torchutils import autocast, get_device, get_rank
+from network.weights import load_weights
+from tool import crf, image_files, imutils, score_files, visualization
+from tool.affinity_pairs import fit_radius, pair_indices
+from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir, str2bool
+from tool.devices import autocast, get_device, get_rank
+from tool.files import file_digest
+from tool.outputs import Errors, SkipBad, is_whole, open_folder, read_settings
+from tool.workers import BoundedPool, available_cores
 from voc12.data import STRIDE, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
 
@@ -110,7 +63,7 @@ def random_walk(scores, aff, radius, beta, logt):
 def read_cams(name, cam_dir, size, num_classes):
     """The CAM dict of an image of size (h, w). Raises BadInput for one that does not fit it or the classes."""
     path = os.path.join(cam_dir, name + '.npy')
-    cam_dict = imutils.load_scores(path, '--cam_dir', 'cam')
+    cam_dict = score_files.load_scores(path, '--cam_dir', 'cam')
     if not cam_dict or max(cam_dict) >= num_classes:
         raise BadInput(f'{path} (--cam_dir) has the classes {list(cam_dict)}, not some of 0..{num_classes - 1} '
                        '(--class_names)')
@@ -124,10 +77,10 @@ def crf_disagreement(name, folders, size):
     labels = []
     for folder in folders:
         path = os.path.join(folder, name + '.npy')
-        scores = imutils.load_scores(path, '--ignore_crf', 'crf')
+        scores = score_files.load_scores(path, '--ignore_crf', 'crf')
         if not scores or next(iter(scores.values())).shape != size:
             raise BadInput(f'{path} (--ignore_crf) does not fit the image, which is {size[0]}x{size[1]}')
-        labels.append(imutils.strongest_label(scores))
+        labels.append(score_files.strongest_label(scores))
     return labels[0] != labels[1]
 
 
@@ -140,14 +93,55 @@ def write_labels(path, scores, present, img, ignored, args, num_classes, backend
     if args.crf:        # with all classes, as in the reference: the absent ones have score 0
         everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
         everything[present] = scores
-        scores = imutils.crf_inference(imutils.denormalize(img), everything, t=1, backend=backend,
+        scores = crf.crf_inference(imutils.denormalize(img), everything, t=1, backend=backend,
                                        device=device)[present]
     h, w = ignored.shape
     scores = scores[:, :h, :w]
     labels = np.array(present)[scores.argmax(axis=0)]
     unsure = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
-    labels[ignored | unsure] = imutils.IGNORE
-    imutils.save_label_map(path, labels)
+    labels[ignored | unsure] = image_files.IGNORE
+    image_files.save_label_map(path, labels)
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
+    parser.add_argument('--cam_dir', required=True,
+                        help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    # network
+    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
+    parser.add_argument('--weights', required=True, help='trained .pth')
+    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network: less memory and time on a GPU')
+    # random walk
+    parser.add_argument('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
+    parser.add_argument('--beta', default=8, type=int,
+                        help='exponent of the affinities: the higher, the more weak ones are suppressed')
+    parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
+    parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
+                        help='one iteration of the dense CRF on the result')
+    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
+                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
+    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
+                                                        'all cores where a GPU runs the network, else 0')
+    # outputs
+    parser.add_argument('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
+    parser.add_argument('--ignore_below', default=0.0, type=float,
+                        help='write 255 where the winning class has less than this share of the scores')
+    parser.add_argument('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
+                        help='write 255 where the labels of these two CRF folders of infer_SEAM.py differ')
+    parser.add_argument('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
+    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
+    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
+                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    return parser
 
 
 def check_args(args):
@@ -166,14 +160,14 @@ def main(args):
     num_classes = len(load_class_names(args.class_names))
     device = get_device(args.device, args.tf32)
 
-    backend = imutils.choose_crf_backend(args.crf_backend) if args.crf else None
+    backend = crf.choose_crf_backend(args.crf_backend) if args.crf else None
 
     # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root,
                                 transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
     names = dataset.img_name_list
     for name in names if args.on_error == 'stop' else ():
-        imutils.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
+        score_files.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
     net = import_network(args.network, 'radius').Net()
     load_weights(net, args.weights)
     # faster on a CPU, by a fifth; not measured on GPUs
@@ -231,12 +225,12 @@ def main(args):
     for name in pictured:
         path = os.path.join(args.out_rw, name + '.png')
         if os.path.isfile(path):        # of another rank, or skipped
-            img = np.asarray(imutils.read_image(get_img_path(name, args.voc12_root)))
-            labels = visualization.labels_on_image(img, imutils.read_label_map(path, '--out_rw'))
+            img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
+            labels = visualization.labels_on_image(img, image_files.read_label_map(path, '--out_rw'))
             visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [img, labels], ['image', 'label'])
     sys.exit(errors.report())
 
 
 if __name__ == '__main__':
     with exit_on_bad_input():
-        main(ARGS)
+        main(get_args_parser().parse_args())

@@ -1,78 +1,5 @@
 """Step 1: trains ResNet38 with SEAM on image-level labels. See the README."""
 import argparse
-
-
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
-    parser.add_argument('--train_list', default='voc12/train_aug.txt', help='training images')
-    parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
-    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels; where the file is missing, the XML annotations are read')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--resize_long', default=[448, 768], type=int, nargs=2, metavar=('MIN', 'MAX'),
-                        help='range of the random long side, in pixels')
-    parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
-    # network
-    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
-    parser.add_argument('--reset_head', action='store_true',
-                        help='start with a new classifier layer, where --weights were trained on other classes')
-    # objective; the defaults are the paper's, table 1 takes the parts out one by one
-    parser.add_argument('--classifier_only', action='store_true',
-                        help='classification loss on one view, no SEAM: the CAM baseline of table 1')
-    parser.add_argument('--er_weight', default=1.0, type=float, help='of the equivariance loss; 0 takes it out')
-    parser.add_argument('--ecr_weight', default=1.0, type=float, help='of the cross regularisation; 0 takes it out')
-    parser.add_argument('--rvmin_weight', default=1.0, type=float,
-                        help='of the term that keeps the refined maps low somewhere in the image; 0 takes it out')
-    parser.add_argument('--topk_ratio', default=0.2, type=float,
-                        help='share of the values, the hardest, that ECR counts; 1: no hard-example mining (table 1)')
-    parser.add_argument('--pcm', default='on', choices=['on', 'off'],
-                        help='off: the refined map is the plain CAM (table 1)')
-    parser.add_argument('--transform', default=['rescale'], nargs='+',
-                        choices=['rescale', 'flip', 'rotation', 'translation'],
-                        help='what makes the second view, and its CAMs are to follow (the transform table)')
-    parser.add_argument('--scale_factor', default=0.3, type=float, help='of the second view, with --transform rescale')
-    parser.add_argument('--max_rotation', default=20.0, type=float, help='degrees, with --transform rotation')
-    parser.add_argument('--max_translation', default=15.0, type=float, help='pixels, with --transform translation')
-    parser.add_argument('--train_bn', action='store_true',
-                        help='train batch norm and the early layers too, to pretrain from random weights')
-    parser.add_argument('--dropout', default=1.0, type=float,
-                        help='factor on the dropout rates; 0 learns faster from random weights')
-    # optimisation
-    parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
-    parser.add_argument('--accum', default=1, type=int,
-                        help='parts that a batch goes through the network in, for less memory at the same gradient')
-    parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
-    parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
-    parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
-    parser.add_argument('--momentum', type=float,
-                        help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
-    # the machine
-    parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
-    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network, float32 losses: less memory and time on a GPU')
-    parser.add_argument('--checkpointing', action='store_true',
-                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
-    # outputs
-    parser.add_argument('--session_name', default='resnet38_SEAM',
-                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
-    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
-                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
-    parser.add_argument('--save_every', default=1000, type=int,
-                        help='steps between checkpoints, which are also written after every epoch')
-    parser.add_argument('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
-    return parser
-
-
-if __name__ == '__main__':
-    ARGS = get_args_parser().parse_args()       # before the imports below, which take seconds: --help is there at once
-
 import functools
 import itertools
 import math
@@ -86,18 +13,17 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from network.resnet38_SEAM import suppress_weaker_classes
-from network.resnet38d import load_weights
+from network.weights import load_weights
 from tool import imutils, visualization
+from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network
+from tool.devices import autocast, describe_run, get_device, get_rank, parallel, use_deterministic
 from tool.metrics import ClassificationMeter
-from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_file, check_range, exit_on_bad_input,
-                          import_network)
-from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
-                             describe_run, get_device, get_rank, outlive_sigterm, parallel, report_progress, resume,
-                             save_checkpoint, save_weights, set_seed, use_deterministic)
+from tool.pyutils import AverageMeter, Logger, Timer
+from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, set_seed
+from tool.training import StopOnSignal, outlive_sigterm, report_progress, resume, save_checkpoint, save_weights
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import load_class_names
-
 
 # ----- the objective -----
 
@@ -224,6 +150,74 @@ def forward_losses(model, img, label, args):
 
 
 # ----- the script -----
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
+    parser.add_argument('--train_list', default='voc12/train_aug.txt', help='training images')
+    parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
+    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
+                        help='image-level labels; where the file is missing, the XML annotations are read')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--resize_long', default=[448, 768], type=int, nargs=2, metavar=('MIN', 'MAX'),
+                        help='range of the random long side, in pixels')
+    parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
+    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    # network
+    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
+    parser.add_argument('--reset_head', action='store_true',
+                        help='start with a new classifier layer, where --weights were trained on other classes')
+    # objective; the defaults are the paper's, table 1 takes the parts out one by one
+    parser.add_argument('--classifier_only', action='store_true',
+                        help='classification loss on one view, no SEAM: the CAM baseline of table 1')
+    parser.add_argument('--er_weight', default=1.0, type=float, help='of the equivariance loss; 0 takes it out')
+    parser.add_argument('--ecr_weight', default=1.0, type=float, help='of the cross regularisation; 0 takes it out')
+    parser.add_argument('--rvmin_weight', default=1.0, type=float,
+                        help='of the term that keeps the refined maps low somewhere in the image; 0 takes it out')
+    parser.add_argument('--topk_ratio', default=0.2, type=float,
+                        help='share of the values, the hardest, that ECR counts; 1: no hard-example mining (table 1)')
+    parser.add_argument('--pcm', default='on', choices=['on', 'off'],
+                        help='off: the refined map is the plain CAM (table 1)')
+    parser.add_argument('--transform', default=['rescale'], nargs='+',
+                        choices=['rescale', 'flip', 'rotation', 'translation'],
+                        help='what makes the second view, and its CAMs are to follow (the transform table)')
+    parser.add_argument('--scale_factor', default=0.3, type=float, help='of the second view, with --transform rescale')
+    parser.add_argument('--max_rotation', default=20.0, type=float, help='degrees, with --transform rotation')
+    parser.add_argument('--max_translation', default=15.0, type=float, help='pixels, with --transform translation')
+    parser.add_argument('--train_bn', action='store_true',
+                        help='train batch norm and the early layers too, to pretrain from random weights')
+    parser.add_argument('--dropout', default=1.0, type=float,
+                        help='factor on the dropout rates; 0 learns faster from random weights')
+    # optimisation
+    parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
+    parser.add_argument('--accum', default=1, type=int,
+                        help='parts that a batch goes through the network in, for less memory at the same gradient')
+    parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
+    parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
+    parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
+    parser.add_argument('--momentum', type=float,
+                        help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    # the machine
+    parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
+    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network, float32 losses: less memory and time on a GPU')
+    parser.add_argument('--checkpointing', action='store_true',
+                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
+    # outputs
+    parser.add_argument('--session_name', default='resnet38_SEAM',
+                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
+    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
+                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
+    parser.add_argument('--save_every', default=1000, type=int,
+                        help='steps between checkpoints, which are also written after every epoch')
+    parser.add_argument('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
+    return parser
+
 
 def check_args(args):
     check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'resize_long', 'accum', 'save_every')
@@ -372,4 +366,4 @@ def main(args):
 
 if __name__ == '__main__':
     with exit_on_bad_input():
-        main(ARGS)
+        main(get_args_parser().parse_args())

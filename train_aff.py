@@ -1,6 +1,52 @@
 """Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
+import itertools
+import sys
 
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from tqdm import tqdm
+
+from network.weights import load_weights
+from tool import imutils
+from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network
+from tool.devices import autocast, describe_run, get_device, get_rank, parallel, sum_over_ranks, use_deterministic
+from tool.pyutils import AverageMeter, Logger, Timer
+from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, set_seed
+from tool.training import StopOnSignal, outlive_sigterm, report_progress, resume, save_checkpoint, save_weights
+from voc12.canonical import describe_list
+from voc12.data import STRIDE, VOC12AffDataset
+from voc12.lists import load_class_names
+
+# ----- the objective -----
+
+def pair_counts(labels):
+    """float32 (3,): how many pairs are background, foreground, different. labels: the three (N, offsets, from)."""
+    return torch.stack([label.sum() for label in labels])
+
+
+def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
+    """AffinityNet's loss (Ahn and Kwak 2018, eq. 5-7). All (N, offsets, from): aff in (0, 1], labels 0 or 1.
+
+    Returns a dict of scalars: bg_loss, fg_loss, neg_loss, each a mean over the pairs of its kind in the batch
+    (0 where there is none), loss = bg_loss/4 + fg_loss/4 + neg_loss/2, and the counts bg_cnt, fg_cnt, neg_cnt.
+    counts: `pair_counts` of the whole batch, where these are a part of it: the losses of the parts then add up.
+    """
+    labels = bg_label, fg_label, neg_label
+    counts = pair_counts(labels) if counts is None else counts
+    alike = -torch.log(aff + 1e-5)
+    different = -torch.log(1 + 1e-5 - aff)
+    terms = {}
+    for kind, cost, label, count in zip(('bg', 'fg', 'neg'), (alike, alike, different), labels, counts):
+        terms[kind + '_cnt'] = count
+        terms[kind + '_loss'] = (cost * label).sum() / (count + 1e-5)
+    terms['loss'] = terms['bg_loss'] / 4 + terms['fg_loss'] / 4 + terms['neg_loss'] / 2
+    return terms
+
+
+# ----- the script -----
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -43,58 +89,6 @@ def get_args_parser():
                         help='steps between checkpoints, which are also written after every epoch')
     return parser
 
-
-if __name__ == '__main__':
-    ARGS = get_args_parser().parse_args()       # before the imports below, which take seconds: --help is there at once
-
-import itertools
-import sys
-
-import numpy as np
-import torch
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from tqdm import tqdm
-
-from network.resnet38d import load_weights
-from tool import imutils
-from tool.pyutils import (AverageMeter, BadInput, Logger, Timer, check_dir, check_file, check_range, exit_on_bad_input,
-                          import_network)
-from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, StopOnSignal, autocast, calibrate_batch_norm,
-                             describe_run, get_device, get_rank, outlive_sigterm, parallel, report_progress, resume,
-                             save_checkpoint, save_weights, set_seed, sum_over_ranks, use_deterministic)
-from voc12.canonical import describe_list
-from voc12.data import STRIDE, VOC12AffDataset
-from voc12.lists import load_class_names
-
-
-# ----- the objective -----
-
-def pair_counts(labels):
-    """float32 (3,): how many pairs are background, foreground, different. labels: the three (N, offsets, from)."""
-    return torch.stack([label.sum() for label in labels])
-
-
-def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
-    """AffinityNet's loss (Ahn and Kwak 2018, eq. 5-7). All (N, offsets, from): aff in (0, 1], labels 0 or 1.
-
-    Returns a dict of scalars: bg_loss, fg_loss, neg_loss, each a mean over the pairs of its kind in the batch
-    (0 where there is none), loss = bg_loss/4 + fg_loss/4 + neg_loss/2, and the counts bg_cnt, fg_cnt, neg_cnt.
-    counts: `pair_counts` of the whole batch, where these are a part of it: the losses of the parts then add up.
-    """
-    labels = bg_label, fg_label, neg_label
-    counts = pair_counts(labels) if counts is None else counts
-    alike = -torch.log(aff + 1e-5)
-    different = -torch.log(1 + 1e-5 - aff)
-    terms = {}
-    for kind, cost, label, count in zip(('bg', 'fg', 'neg'), (alike, alike, different), labels, counts):
-        terms[kind + '_cnt'] = count
-        terms[kind + '_loss'] = (cost * label).sum() / (count + 1e-5)
-    terms['loss'] = terms['bg_loss'] / 4 + terms['fg_loss'] / 4 + terms['neg_loss'] / 2
-    return terms
-
-
-# ----- the script -----
 
 def check_args(args):
     if args.crop_size % STRIDE or args.crop_size < 5 * STRIDE:      # on 4 x 4 cells no two form a pair
@@ -216,4 +210,4 @@ def main(args):
 
 if __name__ == '__main__':
     with exit_on_bad_input():
-        main(ARGS)
+        main(get_args_parser().parse_args())

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from network import resnet38d
-from tool.pairs import fit_radius, pair_indices, pair_offsets
+from tool.affinity_pairs import fit_radius, pair_indices, pair_offsets
 
 
 def pairwise_affinity(x, radius):

@@ -32,14 +32,15 @@ import evaluation
 import infer_aff
 import infer_SEAM
 import train_SEAM
-from network import resnet38_aff, resnet38_SEAM
-from tool import imutils
+from network import resnet38_SEAM, resnet38_aff
+from tool import crf, image_files, imutils, score_files
+from tool.affinity_pairs import pair_indices
+from tool.cli import exit_on_bad_input
 from tool.densecrf import DenseCRF, unary_energy
+from tool.devices import get_device
 from tool.metrics import mean_measures
-from tool.outputs import BoundedPool
-from tool.pairs import pair_indices
-from tool.pyutils import available_cores, exit_on_bad_input
-from tool.torchutils import PolyOptimizer, calibrate_batch_norm, get_device, set_seed
+from tool.torchutils import PolyOptimizer, calibrate_batch_norm, set_seed
+from tool.workers import BoundedPool, available_cores
 from voc12.data import STRIDE, VOC12AffDataset, fuse_crf_labels
 
 CLASSES = [8, 14]               # of every image
@@ -136,12 +137,12 @@ def write_files(root, count, h, w):
         Image.fromarray(picture(h, w, number)).save(f'{root}/JPEGImages/{name}.jpg')
         maps, truth = (smooth_maps(h, w, seed=(number, kind)) for kind in range(2))
         truth = infer_SEAM.label_map(dict(zip(CLASSES, truth)), 0.5)
-        truth[:, :9] = imutils.IGNORE
-        imutils.save_label_map(f'{root}/gt/{name}.png', truth)
-        imutils.save_scores(f'{root}/cam/{name}.npy', dict(zip(CLASSES, maps)))
+        truth[:, :9] = image_files.IGNORE
+        image_files.save_label_map(f'{root}/gt/{name}.png', truth)
+        score_files.save_scores(f'{root}/cam/{name}.npy', dict(zip(CLASSES, maps)))
         for alpha in ALPHAS:
             scores = with_background(maps, alpha)
-            imutils.save_scores(f'{root}/{alpha}/{name}.npy', dict(zip([0, 9, 15], scores / scores.sum(axis=0))))
+            score_files.save_scores(f'{root}/{alpha}/{name}.npy', dict(zip([0, 9, 15], scores / scores.sum(axis=0))))
     with open(f'{root}/list.txt', 'w', encoding='utf-8') as file:
         file.write('\n'.join(names))
     return names
@@ -189,7 +190,7 @@ def reference_curve(names, root, thresholds):
             stack[0] = threshold
             for key, value in np.load(f'{root}/cam/{name}.npy', allow_pickle=True).item().items():
                 stack[key + 1] = value
-            pred, counted = stack.argmax(axis=0), gt < imutils.IGNORE
+            pred, counted = stack.argmax(axis=0), gt < image_files.IGNORE
             for label in range(1 + NUM_CLASSES):
                 true_positive[label] += ((gt == label) * (pred == gt) * counted).sum()
                 truth[label] += ((gt == label) * counted).sum()
@@ -216,15 +217,15 @@ def bench_curve(args, files=40):
 def bench_crf(args):
     h, w = args.size or (375, 500)
     img, probs = picture(h, w), [with_background(smooth_maps(h, w), alpha) for alpha in ALPHAS]
-    compare('CRF', f'{h}x{w}, 2 alphas, 3 labels', lambda: np.stack([imutils.crf_inference(img, x) for x in probs]),
-            {'pydensecrf, one lattice': lambda: np.stack(imutils.crf_inferences(img, probs)),
+    compare('CRF', f'{h}x{w}, 2 alphas, 3 labels', lambda: np.stack([crf.crf_inference(img, x) for x in probs]),
+            {'pydensecrf, one lattice': lambda: np.stack(crf.crf_inferences(img, probs)),
              'PyTorch': lambda: DenseCRF(img, device=args.device).inference(unary_energy(np.stack(probs))).cpu()}, args)
     workers = available_cores()
     jobs = 2 * workers
 
     def run_jobs(pool):
         for _ in range(jobs):
-            pool.submit(imutils.crf_inferences, img, probs)
+            pool.submit(crf.crf_inferences, img, probs)
         for _ in range(2 * workers):        # once the pool has taken these, the jobs are done
             pool.submit(time.time)
         return 0

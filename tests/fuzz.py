@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from params_writer import params_file, v0_array
-from tool import imutils, mxnet_params
+from tool import image_files, mxnet_params, score_files
 from tool.safe_npy import load_dict
 from voc12 import lists
 
@@ -177,14 +177,14 @@ def image_seeds():
 # ----- readers: what is called on a path, in order, until one refuses -----
 
 def dict_readers():
-    return [lambda path: load_dict(path, '--x'), lambda path: imutils.load_scores(path, '--x', 'cam'),
-            lambda path: imutils.load_scores(path, '--x', 'crf'),
+    return [lambda path: load_dict(path, '--x'), lambda path: score_files.load_scores(path, '--x', 'cam'),
+            lambda path: score_files.load_scores(path, '--x', 'crf'),
             lambda path: lists.load_labels(['a'], path, '.', ['x', 'y'])]
 
 
 def pth_readers():
     import torch
-    from network.resnet38d import _read_state_dict
+    from network.weights import _read_state_dict
     torch.set_num_threads(1)
     return [_read_state_dict]
 
@@ -197,7 +197,7 @@ TARGETS = {     # reader: seeds, readers (the others where the first succeeds), 
     'xml': (xml_seeds, lambda: [lambda path: lists.label_from_xml(path, lists.CAT_LIST)], MEMORY),
     'pth': (pth_seeds, pth_readers, MEMORY),
     # an image takes what its header says, up to 89 million pixels; Pillow asks for more than it uses
-    'image': (image_seeds, lambda: [imutils.read_image, lambda path: imutils.read_label_map(path, '--x')],
+    'image': (image_seeds, lambda: [image_files.read_image, lambda path: image_files.read_label_map(path, '--x')],
               2 ** 33)}
 TOKENS = [*hostile_pickles(), b'<!DOCTYPE a [<!ENTITY x "y">]>', b'&x;', b'../', b'\0', b'\n', b'\x1b[2J', b'/',
           b'..\n', b'R', b'b', b'\x81', b'\x93', b'c__builtin__\neval\n', b'h\0', b'q\1', b'0', b'2', b'(', b't',

@@ -8,8 +8,8 @@ import infer_aff
 import train_aff
 from conftest import GOLDEN, close, filled, golden
 from network.resnet38_aff import Net
-from tool import imutils
-from tool.pairs import fit_radius
+from tool import crf, image_files, imutils
+from tool.affinity_pairs import fit_radius
 from voc12.data import ExtractAffinityLabelInRadius, VOC12AffDataset, fuse_crf_labels
 
 WALKED = ('2007_000003', '2007_000002')
@@ -113,7 +113,7 @@ def walk_inputs(name):
     """Padded normalised image (1, 3, H, W), its CAM dict, its size."""
     import os
     g = golden('g08_random_walk')
-    img = imutils.HWC_to_CHW(imutils.normalize(imutils.read_image(os.path.join(GOLDEN, 'images', name + '.jpg'))))
+    img = imutils.HWC_to_CHW(imutils.normalize(image_files.read_image(os.path.join(GOLDEN, 'images', name + '.jpg'))))
     h, w = img.shape[1:]
     cams = {int(key.rsplit('_', 1)[1]): value for key, value in g.items() if key.startswith(f'{name}:cam_in_')}
     return F.pad(torch.from_numpy(img)[None], (0, -w % 8, 0, -h % 8)), cams, (h, w)
@@ -167,7 +167,7 @@ def test_crf_after_the_walk(name):
     present = g[name + ':present_channels']
     scores = np.zeros((21, *img.shape[2:]), np.float32)
     scores[present] = g[name + ':s0:scores']
-    out = imutils.crf_inference(imutils.denormalize(img[0].numpy()), scores, t=1, labels=21)
+    out = crf.crf_inference(imutils.denormalize(img[0].numpy()), scores, t=1, labels=21)
     assert np.abs(out[present] - g[name + ':crf:scores']).max() < 2e-3
     assert (out.argmax(axis=0)[:h, :w] == g[name + ':crf:pred']).all()
 

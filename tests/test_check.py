@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
-from tool.imutils import save_label_map
-from tool.pyutils import BadInput
+from tool.cli import BadInput
+from tool.image_files import save_label_map
 from voc12 import check
 from voc12.canonical import CANONICAL, describe_list, labels_digest, names_digest
 from voc12.lists import CAT_LIST

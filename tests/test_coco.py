@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tool.imutils import read_image, read_label_map
-from tool.pyutils import BadInput
+from tool.cli import BadInput
+from tool.image_files import read_image, read_label_map
 from voc12 import make_coco
 from voc12.lists import get_img_path, load_class_names, load_img_name_list, load_labels
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tool.imutils import read_image, read_label_map, save_label_map
-from tool.pyutils import BadInput
+from tool.cli import BadInput
+from tool.image_files import read_image, read_label_map, save_label_map
 from voc12 import check
 from voc12.lists import check_images, get_img_path, load_class_names, load_img_name_list, load_labels
 from voc12.make_custom import MARKER, get_args_parser, main, split_names

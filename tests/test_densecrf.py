@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import golden
-from tool import imutils
+from tool import crf
 from tool.densecrf import DenseCRF, PermutohedralLattice, dense_crf, enclosing_simplex, unary_energy
 
 CASES = [(kind, size, labels) for kind, sizes in {
@@ -116,7 +116,7 @@ def test_same_answer_as_pydensecrf(kind, size, labels):
     for probs_kind, scale_factor in (('soft', 1), (('hard', 2), ('noise', 0.5))[labels % 2]):
         probs = make_probs(probs_kind, labels, *size, rng)
         for t, limit in ((1, 1e-5), (10, 1e-3)):
-            expected = imutils.crf_inference(img, probs, t=t, scale_factor=scale_factor)
+            expected = crf.crf_inference(img, probs, t=t, scale_factor=scale_factor)
             out = dense_crf(img, probs, t, scale_factor)
             assert out.dtype == np.float32 and out.shape == probs.shape
             assert np.abs(out.sum(0) - 1).max() < 1e-5

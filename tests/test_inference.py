@@ -16,10 +16,11 @@ from PIL import Image
 
 import infer_SEAM
 from conftest import ROOT
-from network import slim_aff, slim_SEAM
+from network import slim_SEAM, slim_aff
 from test_scripts import AFF, SEAM, done, refused, run
-from tool import imutils, outputs, torchutils
-from tool.pyutils import BadInput
+from tool import crf, outputs, torchutils, training, workers
+from tool.cli import BadInput
+from tool.score_files import load_scores, strongest_label
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
@@ -33,7 +34,7 @@ def data(tmp_path_factory):
     for module, name in ((slim_SEAM, 'seam'), (slim_aff, 'aff')):
         net = module.Net()
         torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
-        torchutils.save_weights(net, str(root / f'{name}.pth'))
+        training.save_weights(net, str(root / f'{name}.pth'))
     done(cams(root, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred'))
     done(walk(root))
     return root
@@ -198,7 +199,7 @@ def test_crf_in_torch_gives_the_same_scores(data, tmp_path):
     done(cams(data, '--out_crf', tmp_path / 'crf', '--crf_backend', 'torch'))
     for name in names_of(data):
         for alpha in ('4.0', '24.0'):
-            ours, theirs = (imutils.load_scores(str(folder / f'crf_{alpha}/{name}.npy'), '', 'crf')
+            ours, theirs = (load_scores(str(folder / f'crf_{alpha}/{name}.npy'), '', 'crf')
                             for folder in (tmp_path, data))
             assert list(ours) == list(theirs) and max(np.abs(ours[key] - theirs[key]).max() for key in ours) < 1e-3
 
@@ -206,20 +207,20 @@ def test_crf_in_torch_gives_the_same_scores(data, tmp_path):
 def test_without_pydensecrf_the_crf_runs_in_torch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'pydensecrf', None)
     monkeypatch.setitem(sys.modules, 'pydensecrf.densecrf', None)
-    assert imutils.choose_crf_backend(None) == 'torch' and 'pydensecrf' in capsys.readouterr().out
+    assert crf.choose_crf_backend(None) == 'torch' and 'pydensecrf' in capsys.readouterr().out
     with pytest.raises(BadInput, match='--crf_backend torch'):
-        imutils.choose_crf_backend('pydensecrf')
+        crf.choose_crf_backend('pydensecrf')
 
 
 def test_error_in_a_worker_is_raised_and_no_more_is_submitted():
     with pytest.raises(ZeroDivisionError):
-        with outputs.BoundedPool(1) as pool:
+        with workers.BoundedPool(1) as pool:
             for number in (1, 0, 1):
                 pool.submit(divmod, 1, number)
 
 
 def test_pool_does_not_run_away():
-    with outputs.BoundedPool(1) as pool:
+    with workers.BoundedPool(1) as pool:
         start = time.time()
         for _ in range(6):
             pool.submit(time.sleep, .1)
@@ -241,8 +242,8 @@ def test_disk_that_will_not_do_is_warned_of(tmp_path, monkeypatch, capsys):
 def test_half_precision_files_and_npz_hold_the_same_scores(data, tmp_path):
     done(cams(data, '--out_cam', tmp_path / 'a', '--cam_dtype', 'float16', '--cam_format', 'npz'))
     for name in names_of(data):
-        full = imutils.load_scores(str(data / f'cam/{name}.npy'), '', 'cam')
-        half = imutils.load_scores(str(tmp_path / f'a/{name}.npy'), '', 'cam')      # finds NAME.npz
+        full = load_scores(str(data / f'cam/{name}.npy'), '', 'cam')
+        half = load_scores(str(tmp_path / f'a/{name}.npy'), '', 'cam')      # finds NAME.npz
         assert list(full) == list(half)
         for key in full:
             assert np.abs(full[key] - half[key]).max() < 1e-3
@@ -268,7 +269,7 @@ def test_labels_that_are_not_sure_become_255(data, tmp_path):
     for name in names_of(data):
         plain, sure, agreed = (np.asarray(Image.open(folder / f'{name}.png'))
                                for folder in (data / 'rw', tmp_path / 'a', tmp_path / 'b'))
-        low, high = (imutils.strongest_label(imutils.load_scores(str(data / f'crf_{alpha}/{name}.npy'), '', 'crf'))
+        low, high = (strongest_label(load_scores(str(data / f'crf_{alpha}/{name}.npy'), '', 'crf'))
                      for alpha in ('4.0', '24.0'))
         assert (agreed == np.where(low == high, plain, 255)).all()
         assert (sure[sure != 255] == plain[sure != 255]).all()

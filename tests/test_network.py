@@ -7,8 +7,8 @@ import torch
 
 from conftest import GOLDEN, close, golden
 from fill_weights import checksum
-from network import resnet38_aff, resnet38_SEAM, resnet38d, slim_aff, slim_SEAM
-from tool.pairs import fit_radius, pair_indices
+from network import resnet38_SEAM, resnet38_aff, resnet38d, slim_SEAM, slim_aff
+from tool.affinity_pairs import fit_radius, pair_indices
 
 
 def tensor(array):

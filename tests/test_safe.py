@@ -17,9 +17,10 @@ from PIL import Image
 import fuzz
 from conftest import ROOT, golden
 from tool import safe_npy, safe_pickle
-from tool.imutils import find_scores, load_scores, read_image, read_label_map, save_scores
-from tool.pyutils import BadInput
+from tool.cli import BadInput
+from tool.image_files import read_image, read_label_map
 from tool.safe_npy import load_dict
+from tool.score_files import find_scores, load_scores, save_scores
 from voc12.check import read_labels
 from voc12.lists import CAT_LIST, label_from_xml, load_class_names, load_img_name_list, load_labels
 
@@ -491,7 +492,7 @@ def test_exif_orientation_is_ignored(file):
 def test_weight_files_that_crash_or_fill_torch_are_refused(file):
     """Each of these ends the process, or takes memory without end, in torch.load(weights_only=True)."""
     torch = pytest.importorskip('torch')
-    from network.resnet38d import _read_state_dict
+    from network.weights import _read_state_dict
     stream, old = io.BytesIO(), io.BytesIO()
     torch.save({'a': torch.zeros(4)}, stream)
     torch.save({'a': torch.zeros(4)}, old, _use_new_zipfile_serialization=False)
@@ -521,7 +522,7 @@ def test_weight_files_that_crash_or_fill_torch_are_refused(file):
 
 def test_checkpoints_and_whole_networks_say_what_is_needed(tmp_path):
     torch = pytest.importorskip('torch')
-    from network.resnet38d import _read_state_dict
+    from network.weights import _read_state_dict
     for content, words in ((torch.nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'),
                            ({'state_dict': {}, 'epoch': 3}, "'state_dict', 'epoch'"), ([torch.zeros(1)], 'a list'),
                            ({'a': torch.zeros(1), 'best': np.float64(.5)}, 'multiarray.scalar'),

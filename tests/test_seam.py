@@ -8,7 +8,7 @@ import infer_SEAM
 import train_SEAM
 from conftest import GOLDEN, close, filled, golden
 from network.resnet38_SEAM import Net, suppress_weaker_classes
-from tool import imutils, visualization
+from tool import crf, imutils, visualization
 from tool.torchutils import PolyOptimizer
 
 NAMES = ('2007_000001', '2007_000002')
@@ -231,7 +231,7 @@ def test_crf_inference_settings():
     pytest.importorskip('pydensecrf.densecrf')
     g = golden('g05_crf')
     for key, t, scale_factor in (('raw_t10', 10, 1), ('raw_t1', 1, 1), ('raw_scale2_t5', 5, 2)):
-        out = imutils.crf_inference(g['raw_img'], g['raw_probs'], t=t, scale_factor=scale_factor, labels=4)
+        out = crf.crf_inference(g['raw_img'], g['raw_probs'], t=t, scale_factor=scale_factor, labels=4)
         assert np.abs(out - g[key]).max() < 1e-5
 
 

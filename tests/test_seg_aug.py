@@ -10,9 +10,9 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from scipy.sparse import csc_matrix
 
-from tool import pyutils
-from tool.imutils import read_label_map, voc_palette
-from tool.pyutils import BadInput, exit_on_bad_input
+from tool import pyutils, workers
+from tool.cli import BadInput, exit_on_bad_input
+from tool.image_files import read_label_map, voc_palette
 from voc12 import make_lists, make_seg_aug
 from voc12.canonical import CANONICAL, names_digest
 from voc12.lists import load_img_name_list
@@ -257,12 +257,12 @@ def test_bad_mask_in_a_worker_is_one_line_on_the_command_line(data):
 def test_killed_worker_is_bad_input(monkeypatch):
     monkeypatch.setattr(pyutils.multiprocessing, 'cpu_count', lambda: 2)
     with pytest.raises(BadInput, match='work: a process was killed.*--num_workers'):
-        list(pyutils.parallel_map(os._exit, range(100), 2, 'work'))
+        list(workers.parallel_map(os._exit, range(100), 2, 'work'))
 
 
 def test_results_come_in_order_and_the_consumer_may_stop_early(monkeypatch):
     monkeypatch.setattr(pyutils.multiprocessing, 'cpu_count', lambda: 2)
-    results = pyutils.parallel_map(abs, range(-120, 0), 2, 'work')
+    results = workers.parallel_map(abs, range(-120, 0), 2, 'work')
     assert [next(results) for _ in range(20)] == list(range(120, 100, -1))
     results.close()
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from conftest import GOLDEN, close, golden
 from network.slim_SEAM import Net
-from tool import imutils, pyutils, torchutils
+from tool import files, image_files, imutils, torchutils
 
 
 def test_poly_optimizer_over_12_steps():
@@ -59,7 +59,7 @@ def test_multi_scale_sizes():
 
 def test_resized_pixels():
     g = golden('g11_resize')
-    img = imutils.read_image(os.path.join(GOLDEN, 'images', g['resize_pixels_src'][0] + '.jpg'))
+    img = image_files.read_image(os.path.join(GOLDEN, 'images', g['resize_pixels_src'][0] + '.jpg'))
     long_side = int(g['resize_pixels_long'])
     assert (np.asarray(imutils.RandomResizeLong(long_side, long_side)(img)) == g['resize_pixels_rgb']).all()
 
@@ -97,7 +97,7 @@ def test_calibration_gives_every_norm_the_statistics_of_its_input():
 def test_atomic_write_leaves_the_old_file_and_no_litter_when_it_fails(tmp_path):
     (tmp_path / 'x').write_text('old')
     with pytest.raises(RuntimeError):
-        with pyutils.atomic_write(str(tmp_path / 'x')) as file:
+        with files.atomic_write(str(tmp_path / 'x')) as file:
             file.write(b'half')
             raise RuntimeError
     assert (tmp_path / 'x').read_text() == 'old' and os.listdir(tmp_path) == ['x']

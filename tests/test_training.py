@@ -13,9 +13,9 @@ import torch
 
 import train_SEAM
 from conftest import ROOT
-from network import slim_aff, slim_SEAM
-from tool import metrics, pyutils, torchutils
+from network import slim_SEAM, slim_aff
 from test_scripts import done, refused, run
+from tool import cli, metrics, pyutils, torchutils, training
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
@@ -29,7 +29,7 @@ def data(tmp_path_factory):
     for module, name in ((slim_SEAM, 'seam'), (slim_aff, 'aff')):
         net = module.Net()
         torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
-        torchutils.save_weights(net, str(root / f'{name}_start.pth'))
+        training.save_weights(net, str(root / f'{name}_start.pth'))
     rng = np.random.default_rng(0)
     for folder in ('la', 'ha'):
         (root / folder).mkdir()
@@ -86,8 +86,8 @@ def distance(a, b, start):
 @pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
 def test_run_stopped_by_sigterm_and_resumed_ends_with_the_same_weights(data, plain, script, monkeypatch):
     """Every step asks for the stop, so each is followed by a save and a resume, with other numbers of workers."""
-    monkeypatch.setattr(torchutils.StopOnSignal, '__enter__', lambda self: setattr(self, 'number', 15) or self)
-    monkeypatch.setattr(torchutils.StopOnSignal, '__exit__', lambda *_: None)
+    monkeypatch.setattr(training.StopOnSignal, '__enter__', lambda self: setattr(self, 'number', 15) or self)
+    monkeypatch.setattr(training.StopOnSignal, '__exit__', lambda *_: None)
     session = f'stopped_{script}'
     for step in range(6):
         resume = ('--resume', '--num_workers', step % 3) if step else ()
@@ -133,7 +133,7 @@ def test_killed_loader_worker_is_told_and_the_checkpoint_stays(data):
 def test_error_nobody_catches_ends_the_loader_workers_too():
     code = """
 import torch
-from tool.torchutils import outlive_sigterm
+from tool.training import outlive_sigterm
 batches = iter(torch.utils.data.DataLoader(range(100), num_workers=1, worker_init_fn=outlive_sigterm))
 next(batches)
 raise RuntimeError('in the middle')
@@ -169,15 +169,15 @@ def test_failed_save_keeps_the_checkpoint_before(data, plain, monkeypatch, tmp_p
     def full(*_):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(pyutils.BadInput, match='No space left'):
-        torchutils.save_weights(slim_aff.Net(), str(last))
+    with pytest.raises(cli.BadInput, match='No space left'):
+        training.save_weights(slim_aff.Net(), str(last))
     assert last.read_bytes() == before and not list(data.glob('.plain*'))
 
 
 def test_full_disk_keeps_the_weights_before(tmp_path, small_files):
     (tmp_path / 'x.pth').write_bytes(b'before')
-    with pytest.raises(pyutils.BadInput, match='cannot write .*x.pth'):
-        torchutils.save_weights(slim_aff.Net(), str(tmp_path / 'x.pth'))
+    with pytest.raises(cli.BadInput, match='cannot write .*x.pth'):
+        training.save_weights(slim_aff.Net(), str(tmp_path / 'x.pth'))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('x.pth', b'before')]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tool.pyutils import BadInput
+from tool.cli import BadInput
 from voc12 import make_cls_labels, make_lists
 from voc12.canonical import CANONICAL, compare_labels, compare_names, labels_digest, names_digest
 from voc12.lists import CAT_LIST, load_img_name_list, load_labels

@@ -8,6 +8,7 @@ import torch
 
 from conftest import GOLDEN
 from network import resnet38_aff, resnet38_SEAM, resnet38d, slim_aff, slim_SEAM
+from network.weights import load_weights
 from params_writer import write_v0
 
 
@@ -44,7 +45,7 @@ def test_unknown_mxnet_name_is_refused(name):
 def test_full_size_params_file_into_the_full_network(imagenet, module, capsys):
     path, arrays = imagenet
     net = module.Net()
-    resnet38d.load_weights(net, path, new_heads=net.new_heads)
+    load_weights(net, path, new_heads=net.new_heads)
     state = net.state_dict()
     loaded = [name for name in arrays if name]
     assert len(loaded) == 191 and all((state[name].numpy() == arrays[name]).all() for name in loaded)
@@ -57,14 +58,14 @@ def test_released_style_pth(tmp_path, prefix):
     # files of PyTorch 0.4 lack num_batches_tracked
     torch.save({prefix + name: value for name, value in source.state_dict().items() if 'num_batches' not in name},
                tmp_path / 'released.pth')
-    resnet38d.load_weights(net, str(tmp_path / 'released.pth'))
+    load_weights(net, str(tmp_path / 'released.pth'))
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in net.state_dict().items())
 
 
 def test_legacy_serialisation_of_old_pytorch(tmp_path):
     source, net = slim_SEAM.Net(), slim_SEAM.Net()
     torch.save(source.state_dict(), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
-    resnet38d.load_weights(net, str(tmp_path / 'old.pth'))
+    load_weights(net, str(tmp_path / 'old.pth'))
     assert torch.equal(net.fc8.weight, source.fc8.weight)
 
 
@@ -76,16 +77,16 @@ def saved(tmp_path, weights):
 def test_backbone_alone_needs_the_new_heads_named(tmp_path):
     net = slim_SEAM.Net()
     path = saved(tmp_path, {n: v for n, v in net.state_dict().items() if n not in net.new_heads})
-    resnet38d.load_weights(net, path, new_heads=net.new_heads)
+    load_weights(net, path, new_heads=net.new_heads)
     with pytest.raises(ValueError, match=r'missing: fc8.weight, f8_3.weight, f8_4.weight, f9.weight'):
-        resnet38d.load_weights(net, path)
+        load_weights(net, path)
 
 
 def test_a_part_of_the_heads_is_not_enough(tmp_path):
     net = slim_SEAM.Net()
     path = saved(tmp_path, {n: v for n, v in net.state_dict().items() if n != 'fc8.weight'})
     with pytest.raises(ValueError, match='missing: fc8.weight'):
-        resnet38d.load_weights(net, path, new_heads=net.new_heads)
+        load_weights(net, path, new_heads=net.new_heads)
 
 
 def test_a_seam_file_does_not_fit_the_affinity_network_and_leaves_it_alone(tmp_path):
@@ -93,7 +94,7 @@ def test_a_seam_file_does_not_fit_the_affinity_network_and_leaves_it_alone(tmp_p
     before = {name: value.clone() for name, value in net.state_dict().items()}
     problems = r'w\.pth.*missing: f8_5.weight.*unexpected: fc8.weight.*other shape: f9.weight'
     with pytest.raises(ValueError, match=problems):
-        resnet38d.load_weights(net, saved(tmp_path, slim_SEAM.Net().state_dict()), new_heads=net.new_heads)
+        load_weights(net, saved(tmp_path, slim_SEAM.Net().state_dict()), new_heads=net.new_heads)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -101,7 +102,7 @@ def test_a_seam_file_does_not_fit_the_affinity_network_and_leaves_it_alone(tmp_p
 def test_a_file_that_is_no_weights(tmp_path, content):
     (tmp_path / 'w.pth').write_bytes(content)
     with pytest.raises(ValueError, match=r'cannot read the weights .*w\.pth'):
-        resnet38d.load_weights(slim_SEAM.Net(), str(tmp_path / 'w.pth'))
+        load_weights(slim_SEAM.Net(), str(tmp_path / 'w.pth'))
 
 
 def test_a_pickle_with_code_is_refused(tmp_path):
@@ -110,5 +111,5 @@ def test_a_pickle_with_code_is_refused(tmp_path):
             return os.system, (f'touch {tmp_path}/exploded',)
     path = saved(tmp_path, {'conv1a.weight': Bomb()})
     with pytest.raises(ValueError, match='cannot read the weights'):
-        resnet38d.load_weights(slim_SEAM.Net(), path)
+        load_weights(slim_SEAM.Net(), path)
     assert not (tmp_path / 'exploded').exists()

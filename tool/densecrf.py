@@ -202,7 +202,7 @@ class DenseCRF:
 
 
 def dense_crf(img, probs, t=10, scale_factor=1, device='cpu'):
-    """`imutils.crf_inference` without pydensecrf: the kernels of AffinityNet.
+    """`crf_inference` without pydensecrf: the kernels of AffinityNet.
 
     img: uint8 (H, W, 3) RGB. probs: float32 (labels, H, W), array or tensor; clipped to [1e-5, 1], columns need not
     sum to 1. t: mean-field iterations. scale_factor divides the spatial extents (pixels).

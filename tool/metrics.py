@@ -2,7 +2,7 @@
 values that are no class."""
 import numpy as np
 
-from tool.imutils import IGNORE
+from tool.image_files import IGNORE
 
 
 def confusion(gt, pred, num_classes):

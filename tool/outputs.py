@@ -1,26 +1,17 @@
 """Output folders of long runs: what is finished already, what may be skipped, and whether the disk will do."""
-import collections
-import concurrent.futures
 import contextlib
-import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 
 from tqdm import tqdm
 
-from tool.pyutils import BadInput, atomic_write, make_dir
+from tool.cli import BadInput, make_dir
+from tool.files import atomic_write
 
 SETTINGS = 'settings.json'
 # what a whole file of ours ends with: a pickle, a zip directory without comment, a PNG
 LAST_BYTES = {'.npy': b'.', '.npz': b'\0\0', '.png': b'IEND\xaeB`\x82'}
-
-
-def file_digest(path):
-    """Eight bytes of a file's blake2b, as hex: tells weight files of one name apart."""
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def read_settings(folder):
@@ -105,36 +96,6 @@ class Errors:
         for line in self.lines:
             tqdm.write(f'skipped: {line}')
         return 3 if self.lines and 'WORLD_SIZE' not in os.environ else 0
-
-
-class BoundedPool:
-    """Runs jobs in worker processes, so many ahead of their end as keep the workers busy and no more; with 0 workers
-    in this process. An error of a job is raised by a later call."""
-
-    def __init__(self, workers):
-        self._waiting, self._most = collections.deque(), 2 * workers
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context('spawn')) if workers else None
-
-    def __enter__(self):
-        return self
-
-    def submit(self, work, *args):
-        if self._pool is None:
-            work(*args)
-            return
-        self._waiting.append(self._pool.submit(work, *args))
-        while len(self._waiting) > self._most or (self._waiting and self._waiting[0].done()):
-            self._waiting.popleft().result()
-
-    def __exit__(self, kind, *_):
-        if self._pool is None:
-            return
-        try:
-            while self._waiting and kind is None:
-                self._waiting.popleft().result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
 
 
 class SpaceCheck:

@@ -14,8 +14,9 @@ import numpy as np
 # `python tool/report.py` puts tool/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool import imutils
-from tool.pyutils import atomic_write, exit_on_bad_input, make_dir
+from tool import image_files, score_files
+from tool.cli import exit_on_bad_input, make_dir
+from tool.files import atomic_write
 
 MEASURES = ('mIoU', 'mFP', 'mFN', 'accuracy')
 # mIoU on VOC 2012 train
@@ -30,10 +31,10 @@ def write_trivial(args):
         folder = os.path.join(args.out_dir, kind)
         make_dir(folder, '--out_dir')
         for file in sorted(name for name in os.listdir(args.cam_dir) if name.endswith('.npy')):
-            cam_dict = imutils.load_scores(os.path.join(args.cam_dir, file), '--cam_dir', 'cam')
+            cam_dict = score_files.load_scores(os.path.join(args.cam_dir, file), '--cam_dir', 'cam')
             key, cam = next(iter(cam_dict.items()))
             labels = np.full(cam.shape, key + 1 if kind == 'labels' else 0)
-            imutils.save_label_map(os.path.join(folder, file.replace('.npy', '.png')), labels)
+            image_files.save_label_map(os.path.join(folder, file.replace('.npy', '.png')), labels)
 
 
 def read_log(path):

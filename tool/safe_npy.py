@@ -10,7 +10,7 @@ import zipfile
 
 import numpy as np
 
-from tool.pyutils import BadInput
+from tool.cli import BadInput
 from tool.safe_pickle import Made, Name, describe, run_pickle
 
 MAX_BYTES = 2 ** 30             # of a file of scores or labels, and of what is zipped in it: that packs a thousandfold

@@ -16,8 +16,9 @@ from PIL import Image
 # `python tool/visualization.py` puts tool/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool import imutils
-from tool.pyutils import atomic_write, check_dir, check_file, exit_on_bad_input
+from tool import image_files, imutils, score_files
+from tool.cli import check_dir, check_file, exit_on_bad_input
+from tool.files import atomic_write
 
 
 def normalize_for_picture(cam):
@@ -37,7 +38,7 @@ def cam_on_image(img, cam):
 
 def labels_on_image(img, labels):
     """Label map (H, W) in VOC's colours over a dimmed uint8 (H, W, 3) RGB image."""
-    return (0.3 * img + 0.7 * imutils.voc_palette()[labels]).astype(np.uint8)
+    return (0.3 * img + 0.7 * image_files.voc_palette()[labels]).astype(np.uint8)
 
 
 def contact_sheet(rows, titles, cell=160):
@@ -113,19 +114,19 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
 
 def draw_row(name, args):
     """uint8 (H, W, 3) pictures of one image: itself, its ground truth where there is one, CAMs, CRFs, label maps."""
-    img = np.asarray(imutils.read_image(os.path.join(args.voc12_root, 'JPEGImages', name + '.jpg')))
+    img = np.asarray(image_files.read_image(os.path.join(args.voc12_root, 'JPEGImages', name + '.jpg')))
     row = [img]
     if has_truth(args):
         path = os.path.join(args.voc12_root, 'SegmentationClass', name + '.png')
-        row.append(labels_on_image(img, imutils.read_label_map(path, '--voc12_root')))
+        row.append(labels_on_image(img, image_files.read_label_map(path, '--voc12_root')))
     for folder in args.cam_dir:
-        cams = imutils.load_scores(os.path.join(folder, name + '.npy'), '--cam_dir', 'cam')
+        cams = score_files.load_scores(os.path.join(folder, name + '.npy'), '--cam_dir', 'cam')
         row.append(cam_on_image(img, np.max(list(cams.values()), axis=0)))
     for folder in args.crf_dir:
-        scores = imutils.load_scores(os.path.join(folder, name + '.npy'), '--crf_dir', 'crf')
-        row.append(labels_on_image(img, imutils.strongest_label(scores)))
+        scores = score_files.load_scores(os.path.join(folder, name + '.npy'), '--crf_dir', 'crf')
+        row.append(labels_on_image(img, score_files.strongest_label(scores)))
     for folder in args.label_dir:
-        row.append(labels_on_image(img, imutils.read_label_map(os.path.join(folder, name + '.png'), '--label_dir')))
+        row.append(labels_on_image(img, image_files.read_label_map(os.path.join(folder, name + '.png'), '--label_dir')))
     return row
 
 

@@ -18,12 +18,13 @@ from PIL import Image
 # `python voc12/check.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.imutils import read_label_map, voc_palette
-from tool.pyutils import check_dir, check_range, exit_on_bad_input, parallel_map
+from tool.cli import check_dir, check_range, exit_on_bad_input
+from tool.image_files import IGNORE, read_label_map, voc_palette
 from tool.safe_npy import load_dict
+from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE, IMG_FOLDER, get_img_path,
-                         label_from_xml, load_class_names, load_img_name_list)
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, get_img_path, label_from_xml,
+                         load_class_names, load_img_name_list)
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
 VOC_COLOURS = voc_palette().tobytes()

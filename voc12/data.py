@@ -5,10 +5,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from tool import imutils
-from tool.imutils import IGNORE
-from tool.pairs import fit_radius, pair_indices
-from tool.pyutils import BadInput
+from tool import image_files, imutils, score_files
+from tool.affinity_pairs import fit_radius, pair_indices
+from tool.cli import BadInput
+from tool.image_files import IGNORE
 from voc12.lists import CAT_LIST, check_images, get_img_path, load_img_name_list, load_labels
 
 STRIDE = 8      # pixels per feature cell
@@ -28,7 +28,7 @@ class VOC12ImageDataset(Dataset):
 
     def __getitem__(self, idx):
         name = self.img_name_list[idx]
-        img = imutils.read_image(get_img_path(name, self.voc12_root))
+        img = image_files.read_image(get_img_path(name, self.voc12_root))
         if self.transform:
             img = self.transform(img)
         return name, img
@@ -120,11 +120,11 @@ class VOC12AffDataset(VOC12ImageDataset):
         self.extract_aff_label = ExtractAffinityLabelInRadius(cells, fit_radius(cells, cells, radius))
         for flag, folder in self.label_dirs.items():
             for name in self.img_name_list:
-                imutils.find_scores(os.path.join(folder, name + '.npy'), flag)
+                score_files.find_scores(os.path.join(folder, name + '.npy'), flag)
 
     def __getitem__(self, idx):
         name, img = super().__getitem__(idx)
-        low, high = (imutils.load_scores(os.path.join(folder, name + '.npy'), flag, 'crf')
+        low, high = (score_files.load_scores(os.path.join(folder, name + '.npy'), flag, 'crf')
                      for flag, folder in self.label_dirs.items())
         if list(low) != list(high):
             raise BadInput(f'{name}.npy has the labels {list(low)} in --la_crf_dir, {list(high)} in --ha_crf_dir')

@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
-from tool.imutils import IGNORE
-from tool.pyutils import BadInput, check_dir, check_file
+from tool.cli import BadInput, check_dir, check_file
+from tool.image_files import IGNORE
 from tool.safe_npy import load_dict
 
 CAT_LIST = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',

@@ -16,11 +16,11 @@ REPO_ROOT = os.path.dirname(HERE)
 # `python voc12/make_cls_labels.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, REPO_ROOT)
 
-from tool.imutils import IGNORE, read_label_map
-from tool.pyutils import BadInput, atomic_write, check_dir, exit_on_bad_input
+from tool.cli import BadInput, check_dir, exit_on_bad_input
+from tool.files import atomic_write
+from tool.image_files import IGNORE, read_label_map
 from voc12.canonical import compare_labels
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, label_from_xml, load_class_names,
-                         load_img_name_list)
+from voc12.lists import ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, label_from_xml, load_class_names, load_img_name_list
 
 
 def get_args_parser():

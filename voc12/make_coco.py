@@ -25,9 +25,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # `python voc12/make_coco.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(HERE))
 
-from tool.imutils import save_label_map
-from tool.pyutils import BadInput, check_file, check_range, exit_on_bad_input, make_dir, parallel_map
-from voc12.lists import GT_FOLDER, IGNORE, IMG_FOLDER
+from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, make_dir
+from tool.image_files import IGNORE, save_label_map
+from tool.workers import parallel_map
+from voc12.lists import GT_FOLDER, IMG_FOLDER
 from voc12.make_custom import check_out, write_lines, write_root
 
 SPLITS = ('train', 'val')

@@ -30,8 +30,9 @@ from tqdm import tqdm
 # `python voc12/make_custom.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.imutils import IGNORE
-from tool.pyutils import BadInput, atomic_write, check_dir, check_range, exit_on_bad_input, make_dir
+from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, make_dir
+from tool.files import atomic_write
+from tool.image_files import IGNORE
 from voc12.lists import GT_FOLDER, IMG_FOLDER, load_class_names, read_lines
 
 LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')

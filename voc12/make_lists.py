@@ -15,7 +15,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # `python voc12/make_lists.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(HERE))
 
-from tool.pyutils import BadInput, atomic_write, check_dir, exit_on_bad_input, make_dir
+from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
+from tool.files import atomic_write
 from voc12.canonical import CANONICAL, compare_names
 from voc12.lists import ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, load_img_name_list
 

@@ -19,11 +19,12 @@ from scipy.io import loadmat
 # `python voc12/make_seg_aug.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.imutils import read_label_map, save_label_map
-from tool.pyutils import (BadInput, atomic_write, check_dir, check_range, exit_on_bad_input, make_dir,
-                          parallel_map)
+from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, make_dir
+from tool.files import atomic_write
+from tool.image_files import IGNORE, read_label_map, save_label_map
+from tool.workers import parallel_map
 from voc12.canonical import compare_names
-from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IGNORE
+from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER
 from voc12.make_lists import read_names, stems
 
 NUM_CLASSES = len(CAT_LIST)        # SBD has VOC's classes, in VOC's order

@@ -17,8 +17,9 @@ from PIL import Image
 # `python voc12/make_toy.py` puts voc12/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.imutils import IGNORE, save_label_map
-from tool.pyutils import BadInput, atomic_write, exit_on_bad_input, make_dir
+from tool.cli import BadInput, exit_on_bad_input, make_dir
+from tool.files import atomic_write
+from tool.image_files import IGNORE, save_label_map
 from voc12.lists import ANNOT_FOLDER, GT_FOLDER, IMG_FOLDER, load_class_names
 
 LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')

@@ -1,0 +1,87 @@
+"""Bad input, and checks of flags. Needs no torch."""
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+
+from tqdm import tqdm
+
+
+class BadInput(ValueError):
+    """A file or a flag that the user has to change. Its text is one line: what, which file, which flag."""
+
+
+class NotFinite(ArithmeticError):
+    """A loss that is no number any more. Its text is one line, as BadInput's."""
+
+
+@contextlib.contextmanager
+def exit_on_bad_input():
+    """Wraps a script's `main`: a BadInput or NotFinite ends the script with one line on stderr and exit code 2."""
+    try:
+        yield
+    except (BadInput, NotFinite) as error:
+        # A DataLoader worker hands its exceptions over with the whole traceback as their text;
+        # the message proper is its last line, behind the class name.
+        line = str(error).rstrip().rsplit('\n', 1)[-1].split('BadInput: ', 1)[-1]
+        tqdm.write(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)   # below a progress bar
+        sys.exit(2)
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        tqdm.write(f'{os.path.basename(sys.argv[0])}: error: a loader process was killed, perhaps for lack of memory '
+                   '(--num_workers)', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        tqdm.write('interrupted', file=sys.stderr)
+        sys.exit(130)
+
+
+def check_dir(path, flag):
+    """Raises BadInput unless `path` is a folder; `flag` is the command-line flag that named it."""
+    if not os.path.isdir(path):
+        raise BadInput(f'no such folder: {path} ({flag})')
+
+
+def check_file(path, flag):
+    """Raises BadInput unless `path` is a file; `flag` is the command-line flag that named it."""
+    if not os.path.isfile(path):
+        raise BadInput(f'no such file: {path} ({flag})')
+
+
+def check_range(args, low, high, *names):
+    """Raises BadInput for the first of these flags (numbers, or lists of them) that is not in low..high."""
+    for name in names:
+        values = getattr(args, name)
+        if not all(low <= value <= high for value in (values if isinstance(values, list) else [values])):
+            raise BadInput(f'--{name} must be from {low} to {high}, not {values}')
+
+
+def make_dir(path, flag):
+    """Creates the folder `path`, parents included; raises BadInput where that fails."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f'cannot create the folder {path} ({flag}): {error.strerror}') from error
+
+
+def import_network(name, attribute):
+    """The module of the `--network` flag; its class Net must have `attribute`, which tells the kind of network.
+    Raises BadInput."""
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, TypeError, ValueError) as error:
+        raise BadInput(f'no network {name} (--network): {error}') from error
+    if not hasattr(getattr(module, 'Net', None), attribute):
+        raise BadInput(f'{name} (--network) is no network for this script: it has no Net.{attribute}')
+    return module
+
+
+def str2bool(text):
+    """argparse type for flags that the reference declared `type=bool`: `--curve False` means no."""
+    if text.lower() in ('true', 'yes', 'on', '1'):
+        return True
+    if text.lower() in ('false', 'no', 'off', '0', ''):
+        return False
+    raise argparse.ArgumentTypeError(f'True or False expected, not {text!r}')

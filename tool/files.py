@@ -1,0 +1,39 @@
+"""Files that are written whole or not at all."""
+import contextlib
+import hashlib
+import os
+import tempfile
+
+from tool.cli import BadInput
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Opens a temporary binary file beside `path` and renames it to `path` when the block ends well.
+
+    A run that is killed, or an error in the block, leaves `path` as it was. Raises BadInput where the disk is full
+    or the folder is read-only.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        handle, temporary = tempfile.mkstemp(prefix='.' + os.path.basename(path) + '.', dir=folder)
+    except OSError as error:
+        raise BadInput(f'cannot write {path}: {error.strerror}') from error
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            yield file
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)    # mkstemp makes private files; outputs are ordinary ones
+        os.replace(temporary, path)
+    except BaseException as error:
+        os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise BadInput(f'cannot write {path}: {error.strerror}') from error
+        raise
+
+
+def file_digest(path):
+    """Eight bytes of a file's blake2b, as hex: tells weight files of one name apart."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

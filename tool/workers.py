@@ -1,0 +1,77 @@
+"""Worker processes. Needs no torch."""
+import collections
+import concurrent.futures
+import functools
+import multiprocessing
+import os
+import signal
+
+from tqdm import tqdm
+
+from tool.cli import BadInput
+
+
+def available_cores():
+    """Processor cores that this process may use: those of its affinity mask, or fewer where a cgroup limits it, shared
+    with the other ranks of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = max(cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
+    try:
+        with open('/sys/fs/cgroup/cpu.max', encoding='ascii') as file:
+            quota, period = file.read().split()
+        return max(min(cores, int(quota) // int(period)), 1)
+    except (OSError, ValueError):       # no cgroup, or a quota of 'max'
+        return cores
+
+
+def parallel_map(work, items, num_workers, desc):
+    """Yields work(item) for every item, in order, from up to `num_workers` processes, with a progress bar.
+
+    work: a function that can be pickled, or functools.partial of one. This process does the work itself where that is
+    faster: another one takes as long to start as about 50 items. Raises what `work` raises, and BadInput where a
+    process was killed.
+    """
+    items = list(items)
+    bar = functools.partial(tqdm, total=len(items), desc=desc, dynamic_ncols=True, disable=None)  # on a terminal only
+    workers = min(num_workers, multiprocessing.cpu_count(), len(items) // 50)
+    if workers < 2:
+        yield from bar(map(work, items))
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), signal.signal,
+                                                  (signal.SIGINT, signal.SIG_IGN))     # this process answers to Ctrl-C
+    try:
+        yield from bar(pool.map(work, items, chunksize=8))
+    except concurrent.futures.BrokenExecutor as error:
+        raise BadInput(f'{desc}: a process was killed, perhaps for lack of memory (--num_workers)') from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class BoundedPool:
+    """Runs jobs in worker processes, so many ahead of their end as keep the workers busy and no more; with 0 workers
+    in this process. An error of a job is raised by a later call."""
+
+    def __init__(self, workers):
+        self._waiting, self._most = collections.deque(), 2 * workers
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context('spawn')) if workers else None
+
+    def __enter__(self):
+        return self
+
+    def submit(self, work, *args):
+        if self._pool is None:
+            work(*args)
+            return
+        self._waiting.append(self._pool.submit(work, *args))
+        while len(self._waiting) > self._most or (self._waiting and self._waiting[0].done()):
+            self._waiting.popleft().result()
+
+    def __exit__(self, kind, *_):
+        if self._pool is None:
+            return
+        try:
+            while self._waiting and kind is None:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
