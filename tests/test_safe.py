@@ -1,13 +1,10 @@
-"""Files that one did not make: nothing in them runs, hangs or takes the memory; a wrong one is told from a good one."""
+"""Files that one did not make: nothing in them runs; a wrong one is told from a good one, in one line."""
 import io
 import os
 import pickle
 import struct
 import subprocess
 import sys
-import time
-import tracemalloc
-import zipfile
 import zlib
 
 import numpy as np
@@ -16,11 +13,10 @@ from PIL import Image
 
 import fuzz
 from conftest import ROOT, golden
-from tool import safe_npy, safe_pickle
 from tool.cli import BadInput
 from tool.image_files import read_image, read_label_map
-from tool.safe_npy import load_dict
 from tool.score_files import find_scores, load_scores, save_scores
+from tool.unpickle import load_dict
 from voc12.check import read_labels
 from voc12.lists import CAT_LIST, label_from_xml, load_class_names, load_img_name_list, load_labels
 
@@ -38,17 +34,9 @@ def file(tmp_path):
 
 
 def refused(read, path, *words):
-    """read(path) gives a BadInput of one line with the file name and `words`, at once and within 20 MB."""
-    start = time.process_time()
-    with pytest.raises(BadInput):
-        read(path)
-    assert time.process_time() - start < 1
-    tracemalloc.start()         # makes it slower
+    """read(path) gives a BadInput of one line with the file name and `words`."""
     with pytest.raises(BadInput) as caught:
         read(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20e6
     text = str(caught.value)
     assert '\n' not in text
     for word in (os.path.basename(path), *words):
@@ -66,7 +54,17 @@ def same(found, expected):
                                       strict=isinstance(value, np.ndarray))
 
 
-# ----- pickled dicts: accepted -----
+def as_numpy_1(data):
+    """The modules of NumPy 2 named as in NumPy 1. They are a byte shorter, so the frame of the pickle is left out."""
+    if data[130] == pickle.FRAME[0]:
+        data = data[:130] + data[139:]
+    for module in (b'multiarray', b'numeric'):
+        old, new = b'numpy._core.' + module, b'numpy.core.' + module
+        data = data.replace(bytes([0x8c, len(old)]) + old, bytes([0x8c, len(new)]) + new).replace(old, new)
+    return data
+
+
+# ----- dicts: accepted -----
 
 ARRAYS = {1: MAP, 2: np.asfortranarray(MAP), 3: MAP.astype('>f8').T, 4: np.ones((2, 4), np.float16)[:, ::2],
           5: np.zeros((0, 3)), 6: np.array(5.), 7: np.array([True, False]), 8: np.arange(3, dtype='>i2'),
@@ -75,12 +73,12 @@ NUMBERS = {'2007_000032': 1, 'f': 1.5, 'é': True, 'text': 'x', 'half': np.float
            np.str_('str'): np.int64(-3), 'big': 2 ** 40, -3: 0, 2 ** 62: 1}
 
 
-@pytest.mark.parametrize('numpy_1', [False, True])
-@pytest.mark.parametrize('protocol', [None, 2, 3, 4, 5])
+@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
 @pytest.mark.parametrize('value', [{}, ARRAYS, NUMBERS])
-def test_what_any_numpy_writes_is_read(file, value, protocol, numpy_1):
+def test_what_any_numpy_writes_is_read(file, value, protocol):
     data = fuzz.npy_bytes(value, protocol)
-    same(read_dict(file('x.npy', fuzz.as_numpy_1(data) if numpy_1 else data)), value)
+    same(read_dict(file('x.npy', data)), value)
+    same(read_dict(file('x.npy', as_numpy_1(data))), value)
 
 
 # deflated, written on Python 3.7 in protocol 2: bytes are text there, and a call of _codecs.encode
@@ -99,20 +97,18 @@ def test_file_of_numpy_1_16(file):
     same(read_dict(file('x.npy', body)), {1: np.arange(6, dtype=np.float32).reshape(2, 3), 'a': np.array([0., 250.])})
 
 
-def test_arrays_are_writable_and_own_their_memory(file):
+def test_arrays_are_writable_and_native(file):
     for array in read_dict(file('x.npy', fuzz.npy_bytes(ARRAYS))).values():
-        assert array.flags.writeable and array.flags.owndata or array.base.flags.owndata
-        assert array.dtype.isnative
+        assert array.flags.writeable and array.flags.owndata and array.dtype.isnative
 
 
-def test_npz_of_the_same_content(file):
-    for write in (np.savez, np.savez_compressed):
-        stream = io.BytesIO()
-        write(stream, **{str(key): value for key, value in ARRAYS.items()})
-        same(read_dict(file('x.npz', stream.getvalue())), {str(key): value for key, value in ARRAYS.items()})
+@pytest.mark.parametrize('write', [np.savez, np.savez_compressed])
+def test_npz_of_the_same_content(file, write):
+    arrays = {str(key): value for key, value in ARRAYS.items()}
+    same(read_dict(file('x.npz', fuzz.saved(write, **arrays))), arrays)
 
 
-# ----- pickled dicts: refused -----
+# ----- dicts: refused -----
 
 class Payload:
     """Pickled as a call of os.system that creates a file."""
@@ -124,164 +120,65 @@ class Payload:
 
 
 @pytest.mark.parametrize('protocol', [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize('place', ['the dict', 'a key', 'a value', 'in an array', 'a default'])
+@pytest.mark.parametrize('place', ['the dict', 'a key', 'a value', 'in an array'])
 def test_code_is_refused_by_name_and_does_not_run(file, tmp_path, place, protocol):
     bomb = Payload(tmp_path / 'ran')
-    value = {'the dict': bomb, 'a key': {(bomb,): 1}, 'a value': {1: MAP, 2: bomb}, 'a default': [bomb],
+    value = {'the dict': bomb, 'a key': {(bomb,): 1}, 'a value': {1: MAP, 2: bomb},
              'in an array': {1: np.array([bomb, None], object)}}[place]
-    words = ['posix.system'] if protocol > 1 else []            # the text forms are refused at their first step
-    refused(read_dict, file('x.npy', HEADER + pickle.dumps(value, protocol)), 'x.npy', *words)
+    words = 'posix.system' if protocol > 1 else ''          # the text forms may name something else first
+    refused(read_dict, file('x.npy', HEADER + pickle.dumps(value, protocol)), words)
     assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('body', fuzz.hostile_pickles())
+def test_no_way_of_the_format_to_run_code_is_open(file, body, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(read_dict, file('x.npy', HEADER + body))
+    assert os.listdir(tmp_path) == ['x.npy']
 
 
 def test_the_payload_does_run_where_pickles_are_trusted(file, tmp_path):
-    path = file('x.npy', fuzz.npy_bytes({1: Payload(tmp_path / 'ran')}))
-    np.load(path, allow_pickle=True)
+    np.load(file('x.npy', fuzz.npy_bytes({1: Payload(tmp_path / 'ran')})), allow_pickle=True)
     assert (tmp_path / 'ran').exists()
 
 
+def test_bytes_do_not_become_pointers(file):
+    """A dtype of objects whose state says that it has none: NumPy follows the bytes of such an array, and crashes."""
+    body = (b'\x80\4cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R'
+            b'(K\1)cnumpy\ndtype\n\x8c\2O8\x89\x88\x87R(K\3\x8c\1|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb'
+            b'\x89C\x08AAAAAAAAtb.')
+    refused(read_dict, file('x.npy', HEADER + body), 'holds no dict')
+
+
 @pytest.mark.parametrize('value, words', [
-    ({1: np.array([{}, {}])}, 'array of objects'), ({1: [MAP]}, "entry '1'"), ({1: None}, "entry '1'"),
-    ({1: b'x'}, "entry '1'"), ({1: {}}, "entry '1'"), ({(1, 2): MAP}, 'key of type tuple'), ({1.5: MAP}, 'float'),
-    ({True: MAP}, 'key of type bool'), ({2 ** 63: 1}, 'key of type int'), ({1: 1j}, 'builtins.complex'),
-    ({1: np.complex64(1)}, 'calls something'), ({1: np.array('x')}, 'other things than numbers'),
-    ({1: np.zeros(2, 'f4,i4')}, 'calls something'), ({1: np.array(None)}, 'array of objects'),
-    ({1: np.ma.masked_array([1])}, 'numpy.ma'), ({1: np.datetime64('2020')}, 'calls something'), ([MAP], 'one dict'),
-    ({1: set()}, 'EMPTY_SET')])
+    ({1: np.array([{}, {}])}, "entry '1'"), ({1: [MAP]}, "entry '1'"), ({1: None}, "entry '1'"), ({1: {}}, "entry '1'"),
+    ({1: b'x'}, "entry '1'"), ({(1, 2): MAP}, 'key of type tuple'), ({1: 1j}, 'builtins.complex'),
+    ({1: np.complex64(1)}, 'complex64'), ({1: np.zeros(2, 'f4,i4')}, 'numbers and text are read'),
+    ({1: np.ma.masked_array([1])}, 'numpy.ma'), ({1: np.datetime64('2020')}, 'datetime64'), ([MAP], 'no dict'),
+    ({1: set()}, "entry '1'"), (MAP, 'no dict')])
 def test_other_content_than_numbers_and_arrays_is_named(file, value, words):
-    array = np.empty((), object)
-    array[()] = value
-    refused(read_dict, file('x.npy', HEADER + pickle.dumps(array, 4)), '--cam_dir', words)
+    refused(read_dict, file('x.npy', fuzz.npy_bytes(value)), '--cam_dir', words)
 
 
-def test_plain_array_and_other_files_are_no_dict(file):
-    refused(read_dict, file('x.npy', fuzz.npy_bytes(MAP)), 'array of <f4, no dict')
+def test_other_files_are_no_dict(file):
+    refused(read_dict, file('x.npy', fuzz.saved(np.save, MAP)), 'array of float32, no dict')
     refused(read_dict, file('x.npy', b''), 'no .npy or .npz file')
-    refused(read_dict, file('x.npy', b'PK\3\4'), 'not a zip file')
+    refused(read_dict, file('x.npz', b'PK\3\4'), 'not a zip file')
     refused(read_dict, 'nowhere/x.npy', 'No such file')
 
 
-def pickled_array(shape, data, dtype=b'f4', version=b'K\1'):
-    """Steps of a pickle that make an array with a state that may not be true."""
-    return (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R(' + version + shape
-            + b'cnumpy\ndtype\n\x8c' + bytes([len(dtype)]) + dtype + b'\x89\x88\x87R'
-            + b'\x89B' + struct.pack('<I', len(data)) + data + b'tb')
-
-
-def in_dict(*steps):
-    """Bytes of a .npy file with a dict {0: the value of the steps}."""
-    return HEADER + b'\x80\x04' + (b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R'
-                                   b'(K\1)cnumpy\ndtype\n\x8c\2O8\x89\x88\x87R\x89]}K\0' + b''.join(steps) + b'satb.')
-
-
-def test_the_helper_of_these_tests_makes_a_true_file(file):
-    same(read_dict(file('x.npy', in_dict(pickled_array(b'K\1K\2\x86', bytes(8))))), {0: np.zeros((1, 2), np.float32)})
-
-
-HUGE = b'\x8a\x08' + struct.pack('<q', 2 ** 62)
-BOMBS = {
-    'huge shape': in_dict(pickled_array(HUGE + b'\x85', b'')),
-    'negative shape': in_dict(pickled_array(b'J\xff\xff\xff\xff\x85', b'')),
-    'no bytes of a huge shape': in_dict(pickled_array(HUGE + b'K\0' + HUGE + b'\x87', b'')),
-    'shape of other things': in_dict(pickled_array(b'}\x85', b'')),
-    'more bytes': in_dict(pickled_array(b'K\1\x85', bytes(5))),
-    'dtype of a gigabyte': in_dict(pickled_array(b'K\1\x85', b'', b'V999999999')),
-    'text of a gigabyte': in_dict(pickled_array(b'K\1\x85', b'', b'U999999999')),
-    'objects made of bytes': in_dict(pickled_array(b'K\1\x85', bytes(8), b'O8')),
-    'another version': in_dict(pickled_array(b'K\1\x85', bytes(4), version=b'K\2')),
-    'one state a million times': in_dict(pickled_array(b'M\xe8\3\x85', bytes(4000)) + b'q\1' + b'h\1' * 5 + b'\x85'),
-    'one text made bytes again and again': in_dict(
-        b'X' + struct.pack('<I', 10 ** 5) + bytes(10 ** 5) + b'q\1'
-        + b'c_codecs\nencode\nh\1\x8c\6latin1\x86R' * 10 ** 4),
-    'length beyond the file': in_dict(b'\x8e' + b'\xff' * 7 + b'\x7f'), 'text beyond': in_dict(b'X\xff\xff\xff\x7fabc'),
-    'number of 2 GB': in_dict(b'\x8b\xff\xff\xff\x7f1'), 'bytearray beyond': in_dict(b'\x96' + b'\xff' * 7 + b'\0'),
-    'nested without end': in_dict(b')' + b'\x85' * 10_000), 'memo of billions': in_dict(b')r\xff\xff\xff\xff'),
-    'doubled sixty times': in_dict(b'})' + b'q\1h\1\x86' * 60 + b'K\1s'),
-    'list in itself': in_dict(b']q\1h\1a'), 'dict in itself': in_dict(b'}q\1K\1h\1s'),
-    'extension': in_dict(b'\x82\1'), 'persistent': in_dict(b'K\1Q'),
-    'instance': in_dict(b'(ios\nsystem\n'), 'object': in_dict(b'(cos\nsystem\no'),
-    'new': in_dict(b'cos\nsystem\n)\x81'),
-    'name of parts': in_dict(b'\x8c\2os\x8c\6system\x93'),
-    'dotted name': in_dict(b'\x8c\5numpy\x8c\rndarray.dumps\x93'),
-    'called dtype': in_dict(b'cnumpy\nndarray\nK\1\x85R'), 'two dicts': in_dict(b'}'),
-}
-
-
-@pytest.mark.parametrize('name', BOMBS)
-def test_pickle_bombs_are_refused_soon(file, name):
-    refused(read_dict, file('x.npy', BOMBS[name]))
-
-
-@pytest.mark.parametrize('header', ["{'descr': '|O', 'fortran_order': False, 'shape': (" + '(' * 3000, '-' * 9000,
-                                    "{'descr': __import__('os').system('x'), 'fortran_order': False, 'shape': (), }"])
-def test_header_is_not_evaluated(file, header):
-    data = b'\x93NUMPY\1\0' + struct.pack('<H', len(header)) + header.encode()
-    refused(read_dict, file('x.npy', data), 'header')
-
-
-@pytest.mark.parametrize('protocol', [2, 3, 4, 5])
-def test_truncated_anywhere_is_refused(file, protocol):
-    data = fuzz.npy_bytes({1: MAP}, protocol)
+@pytest.mark.parametrize('suffix', ['npy', 'npz'])
+def test_truncated_anywhere_is_refused(file, suffix):
+    data = fuzz.npy_bytes({1: MAP}) if suffix == 'npy' else fuzz.saved(np.savez, a=MAP)
     for length in range(len(data)):
-        with pytest.raises(BadInput):
-            read_dict(file('x.npy', data[:length]))
+        refused(read_dict, file('x.' + suffix, data[:length]))
 
 
-def test_too_many_steps_are_refused(file, monkeypatch):
-    monkeypatch.setattr(safe_pickle, 'MAX_STEPS', 100)
-    refused(read_dict, file('x.npy', fuzz.npy_bytes(ARRAYS)), 'more than 100 steps')
-
-
-# ----- zipped dicts: refused -----
-
-def zip_of(members, compression=zipfile.ZIP_DEFLATED):
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, 'w', compression) as archive:
-        for name, data in members:
-            archive.writestr(name, data)
-    return stream.getvalue()
-
-
-def npy_header(shape, dtype='<f4'):
-    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    return b'\x93NUMPY\1\0' + struct.pack('<H', len(text)) + text
-
-
-def test_zipped_pickle_is_refused(file, tmp_path):
-    data = fuzz.npy_bytes({1: Payload(tmp_path / 'ran')})
-    refused(read_dict, file('x.npz', zip_of([('0.npy', data)])), 'other things than numbers')
+def test_zipped_pickles_and_records_are_refused(file, tmp_path):
+    bomb = np.array([Payload(tmp_path / 'ran')])
+    refused(read_dict, file('x.npz', fuzz.saved(np.savez, a=bomb)), 'Object arrays cannot be loaded')
+    refused(read_dict, file('x.npz', fuzz.saved(np.savez, a=np.zeros(2, 'f4,i4'))), "entry 'a'")
     assert not (tmp_path / 'ran').exists()
-
-
-def test_zip_bomb_is_refused_by_its_size(file, monkeypatch):
-    monkeypatch.setattr(safe_npy, 'MAX_BYTES', 10 ** 6)
-    data = zip_of([(f'{i}.npy', npy_header((100_000,)) + bytes(400_000)) for i in range(3)])
-    refused(read_dict, file('x.npz', data), 'unpacks to more than')
-
-
-def test_zip_that_understates_its_size_is_refused(file):
-    data = zip_of([('0.npy', npy_header((10_000_000,)) + bytes(40_000_000))])
-    at = data.index(b'PK\1\2')
-    for start in (0, at):       # the sizes in the header of the member and in the directory
-        place = start + (22 if start == 0 else 24)
-        data = data[:place] + struct.pack('<I', 1000) + data[place + 4:]
-    refused(read_dict, file('x.npz', data))
-
-
-@pytest.mark.parametrize('content, words', [
-    (npy_header((2 ** 40, 2 ** 20)) + bytes(8), 'other bytes than its shape needs'),
-    (npy_header((2, 3)) + bytes(23), 'other bytes'), (b'text', 'no .npy'),
-    (npy_header((1,), '<U9999') + bytes(4), 'not'), (npy_header((1,), '|V8') + bytes(8), 'not of numbers')])
-def test_member_is_compared_with_its_header(file, content, words):
-    refused(read_dict, file('x.npz', zip_of([('0.npy', content)])), words)
-
-
-def test_members_packed_otherwise_or_twice_are_refused(file):
-    member = ('0.npy', npy_header((1,)) + bytes(4))
-    refused(read_dict, file('x.npz', zip_of([member], zipfile.ZIP_LZMA)), 'packed in another way')
-    with pytest.warns(UserWarning, match='Duplicate'):
-        data = zip_of([member, member])
-    refused(read_dict, file('x.npz', data), 'twice')
 
 
 # ----- scores -----
@@ -345,9 +242,13 @@ def test_scores_that_are_none_are_named(tmp_path, scores, words):
     refused(lambda p: load_scores(p, '--cam_dir', 'cam'), path, '--cam_dir', words)
 
 
-def test_scores_of_other_repositories_name_what_they_hold(file):
-    torch = pytest.importorskip('torch')
-    refused(read_dict, file('x.npy', fuzz.npy_bytes({'keys': np.array([1]), 'cam': torch.zeros(1)})), 'torch._utils')
+@pytest.mark.parametrize('suffix', ['.npy', '.npz'])
+@pytest.mark.parametrize('value, dtype', [(np.nan, 'float32'), (-np.inf, 'float16'), (7e4, 'float16')])
+def test_scores_of_nan_or_beyond_the_type_are_not_written(tmp_path, suffix, value, dtype):
+    path = str(tmp_path / f'a{suffix}')
+    scores = {1: MAP, 14: np.where(MAP == 0, np.float32(value), MAP)}
+    refused(lambda p: save_scores(p, scores, dtype), path, 'under key 14', dtype)
+    assert not os.listdir(tmp_path)
 
 
 # ----- labels -----
@@ -487,80 +388,23 @@ def test_exif_orientation_is_ignored(file):
     assert read_image(file('a.jpg', stream.getvalue())).size == (40, 30)
 
 
-# ----- weights -----
+# ----- at random -----
 
-def test_weight_files_that_crash_or_fill_torch_are_refused(file):
-    """Each of these ends the process, or takes memory without end, in torch.load(weights_only=True)."""
-    torch = pytest.importorskip('torch')
-    from network.weights import _read_state_dict
-    stream, old = io.BytesIO(), io.BytesIO()
-    torch.save({'a': torch.zeros(4)}, stream)
-    torch.save({'a': torch.zeros(4)}, old, _use_new_zipfile_serialization=False)
-
-    def with_pickle(steps):
-        return fuzz.repack(stream.getvalue(), lambda name, data: steps if name.endswith('.pkl') else data)
-
-    def with_storage(size):
-        unpacked = io.BytesIO(stream.getvalue())
-        with zipfile.ZipFile(unpacked) as archive:
-            return zip_of([(name, bytes(size) if name.endswith('data/0') else archive.read(name))
-                           for name in archive.namelist()])
-    keys = old.getvalue().rindex(b'\x80\2]')        # the last of the five pickles
-    count = old.getvalue().index(b'K\4', old.getvalue().index(b'cpu'))
-    billions = old.getvalue()[:count] + b'\x8a\5' + struct.pack('<q', 10 ** 10)[:5] + old.getvalue()[count + 2:]
-    nested, ordered = b')' + b'\x85' * 20_000, b'ccollections\nOrderedDict\n'
-    for data, words in ((with_pickle(b'\x80\2}' + nested + b'K\1s.'), 'key of type tuple'),
-                        (with_pickle(b'\x80\2' + ordered + b']' + nested + b'K\1\x86a\x85R.'), 'key of type tuple'),
-                        (with_pickle(b'\x80\2' + ordered + b')R]' + nested + b'K\1\x86ab.'), 'sets the state'),
-                        (with_pickle(b'\x80\2(\x8c\7storagectorch\nFloatStorage\n' + nested + b'\x8c\3cpuK\4tQ.'),
-                         'is stored in a way'),
-                        (old.getvalue()[:keys] + b'\x80\2]' + nested + b'a.', 'stored in a way'),
-                        (with_pickle(b'\x80\2cbuiltins\nbytearray\nJ\0\0\0\x7f\x85R.'), 'builtins.bytearray'),
-                        (with_storage(5_000_000), 'parts are compressed'), (billions, 'larger than the file')):
-        refused(_read_state_dict, file('w.pth', data), '--weights', words, 'net.state_dict()')
-
-
-def test_checkpoints_and_whole_networks_say_what_is_needed(tmp_path):
-    torch = pytest.importorskip('torch')
-    from network.weights import _read_state_dict
-    for content, words in ((torch.nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'),
-                           ({'state_dict': {}, 'epoch': 3}, "'state_dict', 'epoch'"), ([torch.zeros(1)], 'a list'),
-                           ({'a': torch.zeros(1), 'best': np.float64(.5)}, 'multiarray.scalar'),
-                           ({'a\x1b[2J': torch.zeros(1)}, r'a\x1b')):
-        torch.save(content, tmp_path / 'w.pth')
-        refused(_read_state_dict, str(tmp_path / 'w.pth'), '--weights', words, 'net.state_dict()')
-
-
-def test_training_checkpoints_pass_the_check(tmp_path):
-    torch = pytest.importorskip('torch')
-    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2)).half()
-    optimizer = torch.optim.SGD(net.parameters(), .1, momentum=.9)
-    net(torch.zeros(2, 1, 3, 3).half()).sum().backward()
-    optimizer.step()
-    content = {'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'step': 3, 'rng': torch.get_rng_state(),
-               'args': {'lr': .1, 'scales': [1, 2.], 'none': None, 'text': 'x', 'pair': (1, True)}}
-    for zipped in (True, False):
-        torch.save(content, tmp_path / 'w.pth', _use_new_zipfile_serialization=zipped)
-        safe_pickle.check_weights(tmp_path / 'w.pth')
-
-
-# ----- all of them, at random -----
-
-@pytest.mark.parametrize('count, targets', [(2400, [name for name in fuzz.TARGETS if name != 'pth']), (200, ['pth'])])
-def test_short_fuzzing(count, targets):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'fuzz.py'), '--count', str(count), *targets],
+def test_short_fuzzing():
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'tests', 'fuzz.py'), '--count', '300'],
                           capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(' 0 findings') == len(targets)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count('300 inputs') == len(fuzz.TARGETS)
 
 
 def test_fuzzer_finds_what_pickle_runs(tmp_path):
-    """The reader of before, np.load, would be found out."""
-    script = ("import fuzz, numpy\n"
+    """The reader of the original, np.load, would be found out."""
+    script = ("import fuzz, numpy, os, sys\n"
+              f"os.chdir({str(tmp_path)!r})\n"
+              "sys.addaudithook(fuzz.note_event)\n"
               "fuzz.TARGETS['npy'] = (lambda: [fuzz.npy_bytes({})[:128] + fuzz.hostile_pickles()[0]],\n"
-              "                       lambda: [lambda path: numpy.load(path, allow_pickle=True)], fuzz.MEMORY)\n"
-              f"found = fuzz.fuzz('npy', 20, 0, {str(tmp_path)!r})\n"
-              "assert any('something ran' in line and 'os.system' in line for line in found), found\n")
+              "                       lambda path: numpy.load(path, allow_pickle=True))\n"
+              "fuzz.fuzz('npy', 20, 0, os.getcwd())\n")
     done = subprocess.run([sys.executable, '-c', script], cwd=os.path.join(ROOT, 'tests'), capture_output=True,
                           text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1 and 'something ran' in done.stderr and 'system' in done.stderr, done.stderr

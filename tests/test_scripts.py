@@ -194,7 +194,7 @@ def test_weights_of_other_classes_need_reset_head(pipeline, tmp_path):
     flags = ('--train_list', 'VOC2012/ImageSets/Segmentation/train.txt', '--crop_size', 48, '--resize_long', 48, 64,
              '--batch_size', 8, '--num_workers', 0, '--max_epochs', 1, '--network', SEAM, '--weights', 'runs/seam.pth',
              '--class_names', tmp_path / 'names.txt', '--session_name', tmp_path / 'new')
-    refused(run(root, 'train_SEAM', *flags), 'runs/seam.pth', '20 classes', '3 (--class_names)', '--reset_head')
+    refused(run(root, 'train_SEAM', *flags), 'runs/seam.pth', '21 outputs', '3 classes (--class_names)', '--reset_head')
     assert 'randomly initialised: fc8.weight' in done(run(root, 'train_SEAM', *flags, '--reset_head'))
     old, new = (torch.load(path, weights_only=True) for path in (root / 'runs/seam.pth', tmp_path / 'new.pth'))
     assert new['fc8.weight'].shape[0] == 4 and torch.equal(new['bn7.weight'], old['bn7.weight'])

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; why one could not be read."""
 import contextlib
 import hashlib
 import os
@@ -37,3 +37,11 @@ def file_digest(path):
     """Eight bytes of a file's blake2b, as hex: tells weight files of one name apart."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def describe(error):
+    """One printable line on why a file could not be read."""
+    if isinstance(error, (LookupError, TypeError, AttributeError)):
+        return f'it is damaged ({type(error).__name__})'
+    text = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:400] or type(error).__name__
+    return ''.join(character if character.isprintable() else '?' for character in text)

@@ -5,8 +5,7 @@ import numpy as np
 from PIL import Image
 
 from tool.cli import BadInput
-from tool.files import atomic_write
-from tool.safe_pickle import describe
+from tool.files import atomic_write, describe
 
 IGNORE = 255                       # in label maps: ground truth that does not count (object borders)
 IMAGE_FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')     # of Pillow's others, EPS starts Ghostscript

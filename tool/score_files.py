@@ -7,13 +7,22 @@ import numpy as np
 from tool.cli import BadInput, check_file
 from tool.files import atomic_write
 from tool.image_files import IGNORE
-from tool.safe_npy import load_dict
+from tool.unpickle import load_dict
+
+# class of a key, which is a number in .npy and its text in .npz
+CLASSES = {key: number for number in range(IGNORE) for key in (number, str(number))}
 
 
 def save_scores(path, scores, dtype='float32'):
     """Writes a dict {int class: float (H, W)}: to NAME.npy as the reference does, a pickled dict; to NAME.npz as
-    compressed arrays under the numbers of the classes, without any pickle."""
-    scores = {key: value.astype(dtype) for key, value in scores.items()}
+    compressed arrays under the numbers of the classes, without any pickle. dtype: 'float16', 'float32' or 'float64'.
+    Raises BadInput, and writes nothing, for scores that are NaN or infinite, or become so in that dtype."""
+    with np.errstate(over='ignore'):
+        scores = {key: value.astype(dtype) for key, value in scores.items()}
+    for key, value in scores.items():
+        if not np.isfinite(value).all():
+            raise BadInput(f'{path} is not written: NaN or infinite scores under key {key}, in {dtype} '
+                           '(--weights, --amp, --cam_dtype)')
     with atomic_write(path) as file:
         if path.endswith('.npz'):
             np.savez_compressed(file, **{str(key): value for key, value in scores.items()})
@@ -46,15 +55,14 @@ def load_scores(path, flag, kind):
 
     kind 'cam': keys are the foreground classes from 0; 'crf': 0 is the background, class + 1 the others, and
     the scores of a pixel sum to 1. path: NAME.npy; NAME.npz is read where that is missing. `flag` is the flag that
-    named the folder, for messages. Nothing in the file is run (see tool/safe_npy.py), and float16 becomes float32.
+    named the folder, for messages. Nothing in the file is run (see tool/unpickle.py), and float16 becomes float32.
     Raises BadInput for other content, NaN and infinite scores, and for one kind where the other is needed, which
     would shift all classes by one: CRF scores sum to 1 at every pixel and have the key 0, maps do not.
     """
     path = find_scores(path, flag)
-    scores = {int(key) if str(key).isdecimal() and len(str(key)) < 4 else key: value        # .npz: keys are text
-              for key, value in load_dict(path, flag).items()}
-    if not all(isinstance(key, int) and 0 <= key < IGNORE and getattr(value, 'ndim', 0) == 2 and value.size
-               for key, value in scores.items()) or len({value.shape for value in scores.values()}) > 1:
+    scores = {CLASSES.get(key): value for key, value in load_dict(path, flag).items()}
+    if (None in scores or not all(getattr(value, 'ndim', 0) == 2 and value.size for value in scores.values())
+            or len({value.shape for value in scores.values()}) > 1):
         raise BadInput(f'{path} ({flag}) holds no dict of class -> scores (H, W), all of one size')
     for key, value in scores.items():
         if value.dtype.kind != 'f':

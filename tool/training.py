@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from tool.cli import BadInput, NotFinite, check_file
 from tool.devices import peak_memory
-from tool.files import atomic_write
-from tool.safe_pickle import check_weights, describe
+from tool.files import atomic_write, describe
+from tool.unpickle import load_tensors
 
 
 def report_progress(log, timer, optimizer, args, epoch_steps, means, counts=()):
@@ -68,8 +68,7 @@ def resume(path, net, optimizer, scaler, args):
     """Restores what `save_checkpoint` wrote. Raises BadInput for another file, and for flags that contradict it."""
     check_file(path, '--resume')
     try:
-        check_weights(path)
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = load_tensors(path)
         before = checkpoint['args']
         differ = [f'--{key} was {before[key]}' for key in vars(args)
                   if key in before and key not in FREE_ON_RESUME and before[key] != getattr(args, key)]

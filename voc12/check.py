@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE, read_label_map, voc_palette
-from tool.safe_npy import load_dict
+from tool.unpickle import load_dict
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
 from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, get_img_path, label_from_xml,
@@ -119,7 +119,7 @@ def read_labels(names, cls_labels, voc12_root, class_names):
     """(labels, unusable): dict name -> float32 (C,) multi-hot, and (name, why) of the names that have none.
 
     Reads what `load_labels` reads, without stopping at the first name that is wrong. An empty label is a label.
-    Raises BadInput for a cls_labels file that is no dict, see tool/safe_npy.py.
+    Raises BadInput for a cls_labels file that is no dict, see tool/unpickle.py.
     """
     if os.path.isfile(cls_labels):
         get_label = load_dict(cls_labels, '--cls_labels').__getitem__

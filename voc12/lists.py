@@ -7,7 +7,7 @@ import numpy as np
 
 from tool.cli import BadInput, check_dir, check_file
 from tool.image_files import IGNORE
-from tool.safe_npy import load_dict
+from tool.unpickle import load_dict
 
 CAT_LIST = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
             'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train',
@@ -143,7 +143,7 @@ def label_from_xml(path, class_names):
 def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
     """Image-level labels of `names`: dict name -> float32 (C,) multi-hot, none of them empty.
 
-    cls_labels: .npy file of a pickled dict (the reference's format, read by tool/safe_npy.py, which runs nothing) or
+    cls_labels: .npy file of a pickled dict (the reference's format, read by tool/unpickle.py, which runs nothing) or
     .npz file of arrays. Where that file is missing, the XML annotations of the data root are read.
     Raises BadInput for another file, a name without an entry, and for an image without any class.
     """
