@@ -46,7 +46,8 @@ def _read_state_dict(path):
     try:
         content = _read(path)
     except Exception as error:          # a damaged file raises whatever it likes
-        raise BadInput(f'cannot read the weights {path} (--weights): {describe(error)}; {NEEDED}') from error
+        needed = '' if path.endswith('.params') else f'; {NEEDED}'
+        raise BadInput(f'cannot read the weights {path} (--weights): {describe(error)}{needed}') from error
     if _is_state_dict(content):
         return content
     if not isinstance(content, dict) or not content:
@@ -59,8 +60,8 @@ def _read_state_dict(path):
         return content[entries[0]]
     other = _short([repr(name)[:80] for name, value in content.items() if not _is_state_dict({name: value})])
     inside = [repr(name)[:80] for name, value in content.items() if _is_state_dict(value)]
-    needed = f"save one of its entries: torch.save(torch.load('OLD.pth')[{inside[0]}], 'NEW.pth')" if inside else NEEDED
-    raise BadInput(f'{path} (--weights) holds no state dict (name -> tensor), but also: {other}; {needed}')
+    advice = f"save one of its entries: torch.save(torch.load('OLD.pth')[{inside[0]}], 'NEW.pth')" if inside else NEEDED
+    raise BadInput(f'{path} (--weights) holds no state dict (name -> tensor), but also: {other}; {advice}')
 
 
 def _strip_wrappers(weights, own, path):

@@ -1,4 +1,4 @@
-"""Weight files: the ImageNet `.params` and released-style `.pth`."""
+"""Weight files: the ImageNet `.params`, released-style `.pth`, checkpoints of other code, and what is no weights."""
 import json
 import os
 
@@ -10,6 +10,7 @@ from conftest import GOLDEN
 from network import resnet38_aff, resnet38_SEAM, resnet38d, slim_aff, slim_SEAM
 from network.weights import load_weights
 from params_writer import write_v0
+from tool.cli import BadInput
 
 
 @pytest.fixture(scope='module')
@@ -74,6 +75,24 @@ def saved(tmp_path, weights):
     return str(tmp_path / 'w.pth')
 
 
+def tiny_net(num_classes=20):
+    """Has what `load_weights` needs of a network."""
+    fc8, f9 = torch.nn.Conv2d(4, 1 + num_classes, 1, bias=False), torch.nn.Conv2d(4, 4, 1, bias=False)
+    net = torch.nn.ModuleDict({'bn7': torch.nn.BatchNorm2d(4), 'fc8': fc8, 'f9': f9})
+    net.classifier, net.new_heads = ('fc8.weight',), ('fc8.weight', 'f9.weight')
+    return net
+
+
+def refused(path, *words, net=None):
+    """load_weights gives a BadInput of one line with the file name and `words`."""
+    with pytest.raises(BadInput) as caught:
+        load_weights(net or tiny_net(), str(path))
+    text = str(caught.value)
+    assert text.isprintable()
+    for word in (os.path.basename(path), *words):
+        assert word in text, text
+
+
 def test_backbone_alone_needs_the_new_heads_named(tmp_path):
     net = slim_SEAM.Net()
     path = saved(tmp_path, {n: v for n, v in net.state_dict().items() if n not in net.new_heads})
@@ -98,18 +117,160 @@ def test_a_seam_file_does_not_fit_the_affinity_network_and_leaves_it_alone(tmp_p
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize('content', [b'', b'not weights', b'PK\x03\x04 half a zip'])
-def test_a_file_that_is_no_weights(tmp_path, content):
+# ----- files that are no weights -----
+
+@pytest.mark.parametrize('content, words', [
+    (b'', 'empty'), (b'not weights\n', "text in place of weights, 'not weights"),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 422\n', 'git lfs pull'),
+    (b'\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning', 'a web page'),
+    (b'\xef\xbb\xbf<html>', 'a web page'), (b'{"error": {"code": 403}}', 'text in place of weights'),
+    (b'\x58\0\0\0\0\0\0\0{"conv1a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 'safetensors')])
+@pytest.mark.parametrize('name', ['w.pth', 'w.params'])
+def test_a_file_that_is_no_weights_is_told_by_its_content(tmp_path, content, words, name):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, 'cannot read the weights', words)
+
+
+@pytest.mark.parametrize('content', [b'PK\x03\x04 half a zip', b'\x80\2}q\0.', bytes(300), b'\x12\1\0\0\0\0\0\0\1'])
+def test_damaged_weights_are_one_line(tmp_path, content):
     (tmp_path / 'w.pth').write_bytes(content)
-    with pytest.raises(ValueError, match=r'cannot read the weights .*w\.pth'):
-        load_weights(slim_SEAM.Net(), str(tmp_path / 'w.pth'))
+    refused(tmp_path / 'w.pth', 'cannot read the weights')
 
 
-def test_a_pickle_with_code_is_refused(tmp_path):
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_pickle_with_code_is_refused(tmp_path, zipped):
     class Bomb:
         def __reduce__(self):
             return os.system, (f'touch {tmp_path}/exploded',)
-    path = saved(tmp_path, {'conv1a.weight': Bomb()})
-    with pytest.raises(ValueError, match='cannot read the weights'):
-        load_weights(slim_SEAM.Net(), path)
+    torch.save({'conv1a.weight': Bomb()}, tmp_path / 'w.pth', _use_new_zipfile_serialization=zipped)
+    refused(tmp_path / 'w.pth', 'which could run code', 'posix.system' if zipped else '')
     assert not (tmp_path / 'exploded').exists()
+
+
+@pytest.mark.parametrize('content, words', [
+    (torch.nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'), ([torch.zeros(1)], 'a list'), ({}, 'an empty dict'),
+    ({'a': torch.zeros(1), 'best': np.float64(.5)}, 'multiarray.scalar'), ({'a\x1b[2J': torch.zeros(1)}, r'a\x1b'),
+    ({'state_dict': {}, 'epoch': 3}, "'state_dict', 'epoch'"), ({'state_dict': None}, "'state_dict'"),
+    (torch.optim.SGD([torch.zeros(1)], .1).state_dict(), "'state', 'param_groups'"),
+    ({'ema': {'a': torch.zeros(1)}, 'step': 3}, "torch.load('OLD.pth')['ema']"),
+    ({'model': {'a': torch.zeros(1)}, 'state_dict': {'a': torch.ones(1)}}, "torch.load('OLD.pth')['model']")])
+def test_checkpoints_without_weights_and_whole_networks_say_what_is_needed(tmp_path, content, words):
+    refused(saved(tmp_path, content), '(--weights)', words)
+
+
+# ----- checkpoints, and names with more in front -----
+
+@pytest.mark.parametrize('entry', ['state_dict', 'model', 'model_state_dict'])
+def test_weights_in_a_checkpoint_are_found(tmp_path, entry, capsys):
+    source, net = tiny_net(), tiny_net()
+    load_weights(net, saved(tmp_path, {entry: source.state_dict(), 'optimizer': {'state': {}}, 'epoch': 3}))
+    assert f"taken from the entry '{entry}' of {tmp_path}/w.pth; beside it is 'optimizer', 'epoch'" in \
+        capsys.readouterr().out
+    assert torch.equal(net['fc8'].weight, source['fc8'].weight)
+
+
+@pytest.mark.parametrize('prefix', ['module.', 'module.module.', '_orig_mod.', '_orig_mod.module.', 'model.', 'net.'])
+def test_wrappers_of_the_names_are_dropped(tmp_path, prefix, capsys):
+    source, net = tiny_net(), tiny_net()
+    weights = {prefix + name: value for name, value in source.state_dict().items()}
+    load_weights(net, saved(tmp_path, {'model': {'n_averaged': torch.tensor(3), **weights}}))
+    first = ', '.join(sorted(set(prefix.split('.')[:-1])))
+    assert f'weights: read without {first} in the names of' in capsys.readouterr().out
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+def test_compiled_parts_of_a_network_are_read(tmp_path):
+    source, net = tiny_net(), tiny_net()
+    load_weights(net, saved(tmp_path, {name.replace('bn7.', 'bn7._orig_mod.'): value
+                                       for name, value in source.state_dict().items()}))
+    assert torch.equal(net['bn7'].running_var, source['bn7'].running_var)
+
+
+def test_a_name_with_and_without_a_wrapper_is_refused(tmp_path):
+    weights = tiny_net().state_dict()
+    refused(saved(tmp_path, {**weights, 'module.fc8.weight': weights['fc8.weight']}), 'fc8.weight twice')
+
+
+def test_a_name_of_the_network_itself_is_no_wrapper(tmp_path):
+    source, net = (torch.nn.ModuleDict({'model': torch.nn.Linear(1, 1)}) for _ in range(2))
+    net.classifier = ()
+    load_weights(net, saved(tmp_path, source.state_dict()))
+    assert torch.equal(net['model'].weight, source['model'].weight)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_weights_as_a_gpu_saves_them_load_on_a_cpu(tmp_path, zipped, monkeypatch):
+    source, net, path = tiny_net(), tiny_net(), str(tmp_path / 'w.pth')
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:1')
+        torch.save({'model': source.state_dict()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(RuntimeError, match='CUDA'):
+        torch.load(path, weights_only=True)
+    load_weights(net, path)
+    assert torch.equal(net['fc8'].weight, source['fc8'].weight) and net['fc8'].weight.device.type == 'cpu'
+
+
+def test_mxnet_weights_are_told_by_their_content(tmp_path):
+    write_v0(tmp_path / 'w.pth', {'arg:conv1a_weight': np.zeros((64, 3, 3, 3), np.float32)})
+    refused(tmp_path / 'w.pth', 'missing: b2.', 'other shape: conv1a.weight (64, 3, 3, 3) for (16, 3, 3, 3)',
+            net=slim_SEAM.Net())
+
+
+# ----- values -----
+
+@pytest.mark.parametrize('module', [slim_SEAM, slim_aff])
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_weights_that_are_not_finite_are_named(tmp_path, module, value):
+    weights, net = module.Net().state_dict(), module.Net()
+    before = net.f9.weight.clone()
+    for name in ('bn7.running_var', 'f9.weight'):
+        weights[name] = weights[name].clone()
+        weights[name].view(-1)[-1] = value
+    refused(saved(tmp_path, weights), 'NaN or infinite values in bn7.running_var, f9.weight', net=net)
+    assert torch.equal(net.f9.weight, before)
+
+
+def test_huge_weights_are_finite_though_their_sum_is_not(tmp_path):
+    weights = tiny_net().state_dict()
+    weights['bn7.running_var'].fill_(3e38)
+    load_weights(tiny_net(), saved(tmp_path, weights))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floats_are_converted(tmp_path, dtype):
+    source, net = tiny_net(), tiny_net()
+    load_weights(net, saved(tmp_path, {name: value.to(dtype) for name, value in source.state_dict().items()}))
+    assert net['fc8'].weight.dtype == torch.float32
+    assert torch.equal(net['fc8'].weight, source['fc8'].weight.to(dtype).float())
+
+
+def test_a_double_beyond_float32_is_infinite(tmp_path):
+    weights = tiny_net().state_dict()
+    weights['bn7.bias'] = weights['bn7.bias'].double() + 1e300
+    refused(saved(tmp_path, weights), 'infinite values in bn7.bias')
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda tensor: tensor.to(torch.int8), 'fc8.weight (torch.int8, '), (lambda tensor: tensor.to_sparse(), 'sparse'),
+    (lambda tensor: tensor.to('meta'), 'meta'), (lambda tensor: tensor.to(torch.complex64), 'complex64')])
+def test_tensors_of_another_kind_are_named(tmp_path, change, words):
+    weights = tiny_net().state_dict()
+    weights['fc8.weight'] = change(weights['fc8.weight'])
+    refused(saved(tmp_path, weights), 'fc8.weight', words)
+
+
+# ----- classifiers -----
+
+def test_a_classifier_without_background_is_told_and_can_be_reset(tmp_path):
+    net = tiny_net()
+    weights = {name: value for name, value in net.state_dict().items() if name not in net.new_heads}
+    weights['fc8.weight'] = net['fc8'].weight[1:].clone()
+    path = saved(tmp_path, weights)
+    refused(path, 'fc8.weight with 20 outputs (one for each class and none for the background', '20 classes',
+            '--reset_head')
+    load_weights(net, path, new_heads=net.new_heads, reset=net.classifier)
+
+
+def test_a_classifier_of_other_classes_counts_outputs(tmp_path):
+    path = saved(tmp_path, tiny_net(num_classes=5).state_dict())
+    refused(path, 'fc8.weight with 6 outputs for 21, the background and 20 classes (--class_names)', '--reset_head')
