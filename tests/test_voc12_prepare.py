@@ -242,11 +242,11 @@ def test_lists_script_writes_beside_itself_from_any_folder(devkit, repo, tmp_pat
 
 
 @pytest.mark.parametrize('missing', ['.', 'JPEGImages', 'ImageSets', 'ImageSets/Segmentation/val.txt'])
-def test_lists_script_names_what_the_devkit_lacks(missing, devkit, repo, tmp_path):
+def test_what_the_devkit_lacks_is_named(missing, devkit, tmp_path):
     path = devkit / missing
     path.unlink() if path.is_file() else shutil.rmtree(path)
-    check_one_line(run_script(tmp_path, repo / 'voc12' / 'make_lists.py', '--voc12_root', 'VOC2012'),
-                   '--voc12_root', os.path.normpath(f'VOC2012/{missing}'))
+    with pytest.raises(BadInput, match=f'VOC2012/{missing}'.removesuffix('/.') + '.*--voc12_root'):
+        run_lists(devkit, tmp_path / 'out')
 
 
 # ---------------------------------------------------------------- labels
@@ -369,13 +369,11 @@ def test_malformed_xml_is_one_line_and_keeps_the_old_labels(devkit, repo, tmp_pa
     assert [name for name in sorted(os.listdir(repo / 'voc12')) if name != '__pycache__'] == before
 
 
-def test_missing_list_and_root_are_one_line(devkit, repo, tmp_path):
-    script = repo / 'voc12' / 'make_cls_labels.py'
-    check_one_line(run_script(tmp_path, script, '--voc12_root', 'VOC2012'), 'train_aug.txt', '--train_list')
-    write(repo / 'voc12' / 'train_aug.txt', TRAIN[0])
-    write(repo / 'voc12' / 'val.txt', VAL[0])
-    check_one_line(run_script(tmp_path, script, '--voc12_root', 'nowhere'), 'nowhere', '--voc12_root')
-    check_one_line(run_script(tmp_path, script, '--voc12_root', 'VOC2012', '--out', 'none/x.npy'), '--out')
+@pytest.mark.parametrize('flag, value', [('--voc12_root', 'nowhere'), ('--out', 'none/x.npy'),
+                                         ('--train_list', 'nowhere/x.txt')])
+def test_what_labels_are_made_of_is_named_where_it_is_missing(flag, value, devkit, tmp_path):
+    with pytest.raises(BadInput, match=f'(?s){value.split("/")[0]}.*{flag}'):
+        run_labels(devkit, tmp_path / 'labels.npy', flag, value)
 
 
 # ---------------------------------------------------------------- what training reads
