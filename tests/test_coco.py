@@ -350,6 +350,7 @@ BAD = {
     'endless_polygon': (outline([[1, 1, 5, 1, float('inf'), 5]]), 'not finite'),
     'odd_polygon': (outline([[1, 1, 5, 1, 5, 5, 9]]), 'annotation 70: a polygon needs'),
     'flat_polygon': (outline(box(1, 1, 2, 2)), 'annotation 70: '),
+    'list_of_run_lengths': (outline([{'size': [H, W], 'counts': [600]}]), 'annotation 70: a polygon needs'),
     'text_in_polygon': (outline([['a'] * 6]), 'annotation 70: could not convert'),
     'rle_too_short': (outline({'size': [H, W], 'counts': [1, 2]}), 'do not fill the 20 x 30 pixels'),
     'rle_negative': (outline({'size': [H, W], 'counts': [601, -1]}), 'do not fill'),

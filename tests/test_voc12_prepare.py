@@ -392,7 +392,7 @@ def test_name_with_a_blank_is_read_whole_or_refused(line, name, tmp_path):
 
 @pytest.mark.parametrize('name', ['Background', '_background_', 'BG', 'void', '__ignore__', '0: background',
                                   'background:0,0,0::', '# label:color_rgb:parts:actions', 'dog:64,0,128::',
-                                  'dog 64 0 128'])
+                                  'dog 64 0 128', 'dog #400080'])
 def test_class_list_with_a_background_or_with_colours_is_refused(name, tmp_path):
     with pytest.raises(BadInput, match='names.txt .--class_names. has .*foreground classes'):
         load_class_names(str(write(tmp_path / 'names.txt', f'cat\n{name}\ndog\n')))

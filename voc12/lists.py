@@ -35,7 +35,7 @@ def check_class_names(names, source):
     for name in names:
         if names.count(name) > 1:
             raise BadInput(f'{source} names the class {name} twice')
-        if name.startswith('#') or re.search(r'\d+([\s,;]+)\d+\1\d+', name):
+        if name.startswith('#') or re.search(r'\d+([\s,;]+)\d+\1\d+|#[\da-fA-F]{6}', name):
             raise BadInput(f'{source} has {name[:100]!r}: a label map with colours; write the names of the foreground '
                            'classes alone, one a line, without the background')
         if ''.join(filter(str.isalpha, name.casefold())) in NO_CLASS:
@@ -186,9 +186,11 @@ def label_from_xml(path, class_names, unknown=None):
 
 def describe_unknown(unknown):
     """One line on object names in XML that are no class. unknown: Counter of the names, not empty."""
-    first = ', '.join(f'{name or "(no name)"} ({count})' for name, count in unknown.most_common(20))
+    names = [f'{name or "(no name)"} ({count})' for name, count in unknown.most_common(20)]
+    if len(unknown) > len(names):
+        names.append(f'{len(unknown) - len(names)} more names')
     return (f'{sum(unknown.values()):,} objects in {ANNOT_FOLDER} are of no class of --class_names and do not count: '
-            + first + (f' and {len(unknown) - 20} more names' if len(unknown) > 20 else ''))
+            + ', '.join(names))
 
 
 class LabelReader:

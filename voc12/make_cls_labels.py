@@ -12,10 +12,8 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-REPO_ROOT = os.path.dirname(HERE)
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
-    sys.path.insert(0, REPO_ROOT)
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, check_dir, exit_on_bad_input
 from tool.files import atomic_write
@@ -23,6 +21,9 @@ from tool.image_files import IGNORE, read_label_map
 from voc12.canonical import compare_labels
 from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, describe_unknown, first_five, label_from_xml,
                          load_class_names, load_img_name_list)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO_ROOT = os.path.dirname(HERE)
 
 
 def get_args_parser():

@@ -22,9 +22,8 @@ import sys
 import cv2
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
-    sys.path.insert(0, os.path.dirname(HERE))
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, make_dir
 from tool.image_files import save_label_map
@@ -32,6 +31,7 @@ from tool.workers import parallel_map
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_lines, write_root
 from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, stems
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 MARKER = 'COCO.txt'                # tells a folder of ours from others
 FINE = 8                           # grid points per pixel side that polygons are drawn on; even: centres are on it
 
@@ -93,8 +93,8 @@ def read_outline(segmentation, h, w):
         if segmentation['size'] != [h, w] or counts.sum() != h * w or counts.min() < 0:
             raise ValueError(f'the run lengths do not fill the {h} x {w} pixels of the image')
         return counts
-    if any(len(polygon) % 2 for polygon in segmentation or ()):
-        raise ValueError('a polygon needs an even count of numbers')
+    if any(not isinstance(polygon, list) or len(polygon) % 2 for polygon in segmentation or ()):
+        raise ValueError('a polygon needs to be a list of an even count of numbers')
     polygons = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in segmentation or () if len(polygon) >= 6]
     if not all(np.isfinite(polygon).all() for polygon in polygons):
         raise ValueError('a polygon has numbers that are not finite')
@@ -150,7 +150,7 @@ def write_mask(picture, folder):
 
 # ----- annotations -----
 
-def find_images(coco_root, split, year):
+def find_image_folder(coco_root, split, year):
     """The image folder of a split. Raises BadInput where it is missing."""
     folders = [os.path.join(coco_root, *inner, f'{split}{year}') for inner in ((), ('images',))]
     for folder in folders:
@@ -229,7 +229,7 @@ def read_splits(args):
             print(f'no val.txt: there is no {path}')
             continue
         check_file(path, '--coco_root')
-        folder = find_images(args.coco_root, split, args.year)
+        folder = find_image_folder(args.coco_root, split, args.year)
         class_names[split], splits[split] = read_split(path, folder, args.masks)
     if class_names.get('val', class_names['train']) != class_names['train'] or splits['train'].keys() & splits['val']:
         raise BadInput(f'the instances files of train and val (--coco_root {args.coco_root}) do not belong together: '

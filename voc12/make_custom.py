@@ -78,13 +78,14 @@ def find_image(images, field):
     found = first_file(path, *(stem + ending for ending in endings if ending.lower() == extension.lower()))
     if found is None:
         # by their numbers on the disk: where capitals do not count, two of these are one file
-        found = {os.stat(path + ending).st_ino: path + ending for ending in endings if os.path.isfile(path + ending)}
-        if len(found) > 1:
-            raise BadInput(f'"{field}" (--labels) is the name of several files in {images} (--images): '
-                           f'{", ".join(map(os.path.basename, found.values()))}; write the extension')
-        found = next(iter(found.values()), None)
-    if found is None:
-        return None
+        alike = {os.stat(path + ending).st_ino: path + ending for ending in endings if os.path.isfile(path + ending)}
+        if not alike:
+            return None
+        if len(alike) > 1:
+            files = ', '.join(map(os.path.basename, alike.values()))
+            raise BadInput(f'"{field}" (--labels) is the name of several files in {images} (--images): {files}; write '
+                           'the extension')
+        found, = alike.values()
     folder, file = os.path.split(found)
     for resolve in (os.path.abspath, os.path.realpath):          # links in `images` may lead out of it
         inner = os.path.relpath(resolve(folder), resolve(images))
@@ -112,11 +113,6 @@ def read_rows(path):
     return [(where, fields) for where, fields in rows if any(fields)]
 
 
-def tidy(name):
-    """A class name as load_class_names reads it."""
-    return ' '.join(name.split())
-
-
 def read_bit(value):
     """Whether a value of the one-hot form means yes; None for text that is none of the usual spellings."""
     text = value.casefold()
@@ -124,7 +120,7 @@ def read_bit(value):
         text = f'{float(text.replace(",", ".")):g}'              # 1.0 and 1,00 are 1
     except ValueError:
         pass
-    return True if text in YES else False if text in NO else None
+    return text in YES if text in YES | NO else None
 
 
 def is_one_hot(values, columns, source):
