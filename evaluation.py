@@ -16,8 +16,8 @@ from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
 from tool.workers import parallel_map
 from voc12.canonical import describe_list
-from voc12.check import ground_truth_warnings
 from voc12.lists import GT_FOLDER, load_class_names, load_img_name_list
+from voc12.masks import ground_truth_warnings
 
 CURVE = np.arange(60) / 100                      # background scores of the curve
 

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 from scipy.sparse import csc_matrix
 
-from tool import pyutils, workers
+from tool import workers
 from tool.cli import BadInput, exit_on_bad_input
 from tool.image_files import read_label_map, voc_palette
 from voc12 import make_lists, make_seg_aug
@@ -201,17 +201,17 @@ def test_summary_counts_sources_and_knows_the_list_of_seam(data, monkeypatch, ca
 
 # ---------------------------------------------------------------- again, and interrupted
 
-def test_finished_masks_are_kept_and_overwrite_makes_them_again(data, capsys):
+def test_finished_masks_are_kept_with_resume_alone(data, capsys):
     run(data)
     for name in ('2008_000005', '2007_000001'):
         write_palette_png(out_dir(data) / f'{name}.png', np.full(SIZE, 3, np.uint8))
     (out_dir(data) / '2008_000006.png').unlink()
     capsys.readouterr()
-    masks = run(data)
+    masks = run(data, '--resume')
     assert (masks['2008_000005'] == 3).all() and (masks['2007_000001'] == 3).all()
     np.testing.assert_array_equal(masks['2008_000006'], mask_of('2008_000006'))
     assert '1 masks converted from SBD, 0 copied from VOC, 6 already there' in capsys.readouterr().out
-    masks = run(data, '--overwrite')
+    masks = run(data)
     np.testing.assert_array_equal(masks['2008_000005'], mask_of('2008_000005'))
     np.testing.assert_array_equal(masks['2007_000001'], mask_of('2007_000001', official=True))
     assert '3 masks converted from SBD, 4 copied from VOC, 0 already there' in capsys.readouterr().out
@@ -232,7 +232,7 @@ def test_interrupted_run_leaves_nothing_half_written_and_goes_on(data, monkeypat
     finished = TRAIN + VAL + ['2008_000005']
     assert sorted(os.listdir(out_dir(data))) == sorted(f'{name}.png' for name in finished)
     before = {name: (out_dir(data) / f'{name}.png').stat().st_mtime_ns for name in finished}
-    masks = run(data)
+    masks = run(data, '--resume')
     assert sorted(masks) == UNION
     np.testing.assert_array_equal(masks['2008_000006'], mask_of('2008_000006'))
     assert before == {name: (out_dir(data) / f'{name}.png').stat().st_mtime_ns for name in finished}
@@ -255,13 +255,13 @@ def test_bad_mask_in_a_worker_is_one_line_on_the_command_line(data):
 
 
 def test_killed_worker_is_bad_input(monkeypatch):
-    monkeypatch.setattr(pyutils.multiprocessing, 'cpu_count', lambda: 2)
+    monkeypatch.setattr(workers.multiprocessing, 'cpu_count', lambda: 2)
     with pytest.raises(BadInput, match='work: a process was killed.*--num_workers'):
         list(workers.parallel_map(os._exit, range(100), 2, 'work'))
 
 
 def test_results_come_in_order_and_the_consumer_may_stop_early(monkeypatch):
-    monkeypatch.setattr(pyutils.multiprocessing, 'cpu_count', lambda: 2)
+    monkeypatch.setattr(workers.multiprocessing, 'cpu_count', lambda: 2)
     results = workers.parallel_map(abs, range(-120, 0), 2, 'work')
     assert [next(results) for _ in range(20)] == list(range(120, 100, -1))
     results.close()

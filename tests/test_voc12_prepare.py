@@ -13,7 +13,7 @@ from PIL import Image
 from tool.cli import BadInput
 from voc12 import make_cls_labels, make_lists
 from voc12.canonical import CANONICAL, compare_labels, compare_names, labels_digest, names_digest
-from voc12.lists import CAT_LIST, load_img_name_list, load_labels
+from voc12.lists import CAT_LIST, check_images, get_img_path, load_class_names, load_img_name_list, load_labels
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -242,11 +242,11 @@ def test_lists_script_writes_beside_itself_from_any_folder(devkit, repo, tmp_pat
 
 
 @pytest.mark.parametrize('missing', ['.', 'JPEGImages', 'ImageSets', 'ImageSets/Segmentation/val.txt'])
-def test_lists_script_names_what_the_devkit_lacks(missing, devkit, repo, tmp_path):
+def test_what_the_devkit_lacks_is_named(missing, devkit, tmp_path):
     path = devkit / missing
     path.unlink() if path.is_file() else shutil.rmtree(path)
-    check_one_line(run_script(tmp_path, repo / 'voc12' / 'make_lists.py', '--voc12_root', 'VOC2012'),
-                   '--voc12_root', os.path.normpath(f'VOC2012/{missing}'))
+    with pytest.raises(BadInput, match=f'VOC2012/{missing}'.removesuffix('/.') + '.*--voc12_root'):
+        run_lists(devkit, tmp_path / 'out')
 
 
 # ---------------------------------------------------------------- labels
@@ -314,7 +314,7 @@ def test_missing_mask_names_image_and_places(devkit, tmp_path):
 def test_image_without_class_is_kept_and_told(devkit, tmp_path, capsys):
     write(devkit / 'Annotations' / f'{VAL[1]}.xml', '<annotation/>')
     assert not run_labels(devkit, tmp_path / 'labels.npy')[VAL[1]].any()
-    assert f'--val_list: warning: 1 images without any class, which training refuses: {VAL[1]}' \
+    assert f'warning: --val_list: 1 images without any class, which training refuses: {VAL[1]}' \
         in capsys.readouterr().out
 
 
@@ -369,17 +369,55 @@ def test_malformed_xml_is_one_line_and_keeps_the_old_labels(devkit, repo, tmp_pa
     assert [name for name in sorted(os.listdir(repo / 'voc12')) if name != '__pycache__'] == before
 
 
-def test_missing_list_and_root_are_one_line(devkit, repo, tmp_path):
-    script = repo / 'voc12' / 'make_cls_labels.py'
-    check_one_line(run_script(tmp_path, script, '--voc12_root', 'VOC2012'), 'train_aug.txt', '--train_list')
-    write(repo / 'voc12' / 'train_aug.txt', TRAIN[0])
-    write(repo / 'voc12' / 'val.txt', VAL[0])
-    check_one_line(run_script(tmp_path, script, '--voc12_root', 'nowhere'), 'nowhere', '--voc12_root')
-    check_one_line(run_script(tmp_path, script, '--voc12_root', 'VOC2012', '--out', 'none/x.npy'), '--out')
+@pytest.mark.parametrize('flag, value', [('--voc12_root', 'nowhere'), ('--out', 'none/x.npy'),
+                                         ('--train_list', 'nowhere/x.txt')])
+def test_what_labels_are_made_of_is_named_where_it_is_missing(flag, value, devkit, tmp_path):
+    with pytest.raises(BadInput, match=f'(?s){value.split("/")[0]}.*{flag}'):
+        run_labels(devkit, tmp_path / 'labels.npy', flag, value)
 
 
-@pytest.mark.parametrize('script', ['make_lists.py', 'make_cls_labels.py'])
-def test_help_works_without_torch(script, repo):
-    write(repo / 'torch' / '__init__.py', 'raise ImportError')
-    process = run_script(repo, os.path.join('voc12', script), '--help')
-    assert process.returncode == 0 and '--voc12_root' in process.stdout
+# ---------------------------------------------------------------- what training reads
+
+@pytest.mark.parametrize('line, name', [
+    ('my photo.jpg', 'my photo'), ('/JPEGImages/my photo.JPG /SegmentationClassAug/my photo.png', 'my photo'),
+    ('my photo', None), ('photo 1', None), ('2007_000032  1', '2007_000032'), ('2007_000032 -1', '2007_000032')])
+def test_name_with_a_blank_is_read_whole_or_refused(line, name, tmp_path):
+    path = str(write(tmp_path / 'list.txt', f'first\n{line}\n'))
+    if name:
+        assert load_img_name_list(path) == ['first', name]
+    else:
+        with pytest.raises(BadInput, match=f'{line}.*a name with blanks needs its extension'):
+            load_img_name_list(path)
+
+
+@pytest.mark.parametrize('name', ['Background', '_background_', 'BG', 'void', '__ignore__', '0: background',
+                                  'background:0,0,0::', '# label:color_rgb:parts:actions', 'dog:64,0,128::',
+                                  'dog 64 0 128', 'dog #400080'])
+def test_class_list_with_a_background_or_with_colours_is_refused(name, tmp_path):
+    with pytest.raises(BadInput, match='names.txt .--class_names. has .*foreground classes'):
+        load_class_names(str(write(tmp_path / 'names.txt', f'cat\n{name}\ndog\n')))
+
+
+def test_class_names_that_only_resemble_a_background_are_read(tmp_path):
+    names = ['bag', 'avoided', 'boeing 737', 'route 66', 'ground']
+    assert load_class_names(str(write(tmp_path / 'names.txt', '\n'.join(names)))) == names
+
+
+def test_names_in_xml_that_are_no_class_are_told_with_their_counts(devkit, tmp_path, capsys):
+    objects = ''.join(OBJECT.format(category=name, difficult=0) for name in ('car', 'Car', 'Car', 'lorry'))
+    write(devkit / 'Annotations' / f'{VAL[1]}.xml', XML.format(name=VAL[1], objects=objects))
+    warning = ('warning: 3 objects in Annotations are of no class of --class_names and do not count: Car (2), '
+               'lorry (1)\n')
+    load_labels(VAL, 'no such file', str(devkit))
+    assert warning in capsys.readouterr().out
+    run_labels(devkit, tmp_path / 'labels.npy')
+    assert warning in capsys.readouterr().out
+    load_labels(TRAIN_AUG, 'no such file', str(devkit))
+    assert 'warning' not in capsys.readouterr().out      # parts are no objects
+
+
+def test_image_with_another_extension_is_found(tmp_path):
+    path = write(tmp_path / 'JPEGImages' / 'a.JPG', '')
+    assert get_img_path('a', str(tmp_path)) == str(path)
+    check_images(['a'], 'list', str(tmp_path))
+    assert get_img_path('b', str(tmp_path)) == str(tmp_path / 'JPEGImages' / 'b.jpg')

@@ -9,34 +9,68 @@ from tool.files import atomic_write, describe
 
 IGNORE = 255                       # in label maps: ground truth that does not count (object borders)
 IMAGE_FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'TIFF', 'WEBP', 'PPM')     # of Pillow's others, EPS starts Ghostscript
+# how PNG stores class indices, in Pillow's names -> what its decoder multiplies them by
+LABEL_MODES = {'1': 1, 'L;2': 85, 'L;4': 17, 'L': 1, 'P;1': 1, 'P;2': 1, 'P;4': 1, 'P': 1, 'I;16B': 1}
 
 
-def decode_image(path, what, decode):
-    """decode(img) of the PIL image in a file of IMAGE_FORMATS. `what` it is, for messages.
+def decode_image(path, what, decode, formats=IMAGE_FORMATS):
+    """decode(img) of the PIL image in a file of these formats. `what` it is, for messages.
     Raises BadInput for a missing, damaged or truncated file, and for more pixels than Pillow thinks safe (89 million).
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)        # on transparency and odd metadata
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as img:
+            with Image.open(path, formats=formats) as img:
                 return decode(img)
     except Exception as error:          # damaged files raise whatever they lead to, struct.error to KeyError
         raise BadInput(f'cannot read {what}: {describe(error)}') from error
 
 
+def stored_mode(img):
+    """How the file of a PIL image that is not decoded yet stores its pixels, in Pillow's names of raw modes: for
+    instance 'L;4' for grey of 4 bits, 'RGB;16B' for 16 bits a channel, else mostly the mode itself."""
+    raw = img.tile[0][3] if img.tile else img.mode
+    raw = raw[0] if isinstance(raw, tuple) else raw
+    return raw if isinstance(raw, str) else img.mode
+
+
+def convert_to_rgb(img):
+    """PIL RGB of a PIL image. Transparency is left out. Grey of 16 bits is divided by 257 (12 bits: by 4095 / 255) and
+    rounded; of colours with 16 bits Pillow has kept the upper 8. Raises ValueError for 32 bits and floats, whose range
+    is not known."""
+    if img.mode.startswith('I;16') or (img.mode == 'I' and img.format in ('PNG', 'PPM')):       # 'I': older Pillows
+        most = 4095 if stored_mode(img) == 'I;12' else 65535
+        img = Image.fromarray(((np.asarray(img).astype(np.int64) * 255 + most // 2) // most).astype(np.uint8))
+    elif img.mode in ('I', 'F'):
+        raise ValueError(f'its pixels are 32-bit numbers (mode {img.mode}), whose range is not known; save it with 8 '
+                         'bits a channel')
+    return img.convert('RGB')
+
+
 def read_image(path):
-    """Opens an image as PIL RGB, whatever its mode. EXIF orientation is ignored, as in the reference.
-    Raises BadInput for a missing, damaged, truncated or oversized file, and for a format not in IMAGE_FORMATS."""
-    return decode_image(path, f'the image {path} (--voc12_root)', lambda img: img.convert('RGB'))
+    """Opens an image as PIL RGB, whatever its mode, see `convert_to_rgb`. EXIF orientation is ignored, as in the
+    reference. Raises BadInput for a missing, damaged, truncated or oversized file, for a format not in IMAGE_FORMATS,
+    and for pixels of 32 bits."""
+    return decode_image(path, f'the image {path} (--voc12_root)', convert_to_rgb)
+
+
+def read_indices(img):
+    """uint8 (H, W) class indices of a PIL image that is not decoded yet, as the file stores them: grey of fewer than 8
+    bits is scaled by the decoder, which is undone. Raises ValueError for other pictures and for indices above 255."""
+    scale = LABEL_MODES.get(stored_mode(img))
+    if scale is None:
+        raise ValueError(f'a picture of mode {img.mode}, not a map of class indices (mode L or P)')
+    labels = np.asarray(img) if scale == 1 else np.asarray(img) // scale
+    if labels.max() > 255:
+        raise ValueError(f'it has the value {labels.max()}; class indices are 255 at most')
+    return labels.astype(np.uint8)
 
 
 def read_label_map(path, flag):
-    """Opens a label image (mode L or P) as uint8 (H, W) class indices; `flag` names its folder in messages.
-    Raises BadInput as `read_image` does, and for other modes."""
-    mode, labels = decode_image(path, f'the label map {path} ({flag})', lambda img: (img.mode, np.array(img)))
-    if mode not in ('L', 'P'):
-        raise BadInput(f'{path} ({flag}) is a picture of mode {mode}, not a map of class indices (mode L or P)')
-    return labels
+    """Opens a label map, a PNG with one channel, as uint8 (H, W) class indices; `flag` names its folder in messages.
+    Raises BadInput as `read_image` does, for other formats than PNG, and for what `read_indices` refuses."""
+    return decode_image(path, f'the label map {path} ({flag}) as PNG', read_indices, ('PNG',))
 
 
 def voc_palette():

@@ -7,31 +7,25 @@ first five names. Exit code 0 without a PROBLEM, 1 with one, 2 for flags that na
 """
 import argparse
 import collections
-import contextlib
 import functools
 import os
 import sys
 
 import numpy as np
-from PIL import Image
 
-# `python voc12/check.py` puts voc12/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import check_dir, check_range, exit_on_bad_input
-from tool.image_files import IGNORE, read_label_map, voc_palette
-from tool.unpickle import load_dict
+from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
+from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, get_img_path, label_from_xml,
-                         load_class_names, load_img_name_list)
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, LabelReader, describe_unknown,
+                         get_img_path, load_class_names, load_img_name_list)
+from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
-VOC_COLOURS = voc_palette().tobytes()
 FEW = 0.1                          # share of the images whose mask and label may differ without being a PROBLEM
-SAMPLE = 24                        # masks that `ground_truth_warnings` looks at
-NOT_OFFICIAL = ("not the official SegmentationClass files, perhaps SBD's or SegmentationClassAug (no 255 border), "
-                'or ground truth overwritten with predictions')
 
 
 def get_args_parser():
@@ -62,86 +56,57 @@ def reason(error):
     return ' '.join(str(error.__cause__ or error).split())
 
 
-def mask_form(path):
-    """(mode, whether it is P with VOC's colours) of a mask, from the header alone. A shorter palette may be a part
-    of VOC's. Raises what Pillow raises."""
-    with Image.open(path) as img:
-        official = img.mode == 'P' and img.palette is not None and VOC_COLOURS.startswith(img.palette.tobytes())
-        return img.mode, official
-
-
 def look_at_mask(path, num_classes, size):
     """(findings, classes) of one mask. Findings: dict of what is odd -> detail; classes: set of class indices from 0,
     None where the mask cannot be read. size: (width, height) of the image, None where that is not known."""
-    try:
-        mode, official = mask_form(path)
-        if mode not in ('L', 'P'):
-            return {'damaged mask': f'a picture of mode {mode}, not class indices'}, None
-        labels = read_label_map(path, '--gt_dir')                  # uint8 (H, W)
-    except FileNotFoundError:
+    if not os.path.isfile(path):
         return {'no mask': ''}, None
-    except Exception as error:          # a damaged file raises whatever it likes, and must not stop the run
+    try:
+        labels = read_label_map(path, '--gt_dir')                  # uint8 (H, W), as evaluation reads it
+        mode, official = mask_form(path)
+    except BadInput as error:
         return {'damaged mask': reason(error)}, None
-    values = set(np.unique(labels).tolist())
-    wrong = sorted(values - {*range(num_classes + 1), IGNORE})
-    found = {}
+    found, wrong = {}, wrong_values(labels, num_classes)
     if not official:
         found['mask form'] = f'mode {mode}'
     if size and labels.shape != size[::-1]:
         found['size'] = f'mask {labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]}'
-    if IGNORE not in values:
+    if not (labels == IGNORE).any():
         found['no 255'] = ''
     if wrong:
-        found['values'] = ' '.join(map(str, wrong[:5]))
-    return found, {value - 1 for value in values if 1 <= value <= num_classes}
+        found['values'] = wrong
+    return found, {value - 1 for value in np.unique(labels).tolist() if 1 <= value <= num_classes}
 
 
 def look_at(name, voc12_root, gt_dir, num_classes):
-    """(findings, classes) of an image and its mask, fully decoded; classes as in `look_at_mask`."""
+    """(findings, classes) of an image and its mask, both read as training and evaluation read them; classes as in
+    `look_at_mask`."""
     path, found, size = get_img_path(name, voc12_root), {}, None
-    try:
-        with Image.open(path) as img:
-            img.convert('RGB')
-            size = img.size
-            if img.mode != 'RGB':
-                found['image mode'] = img.mode
-    except FileNotFoundError:
+    if not os.path.isfile(path):
         found['no image'] = ''
-    except Exception as error:          # as in look_at_mask
-        found['damaged image'] = reason(error)
+    else:
+        try:
+            size = read_image(path).size
+            mode, stored = decode_image(path, path, lambda img: (img.mode, stored_mode(img)))
+            if mode != 'RGB' or '16' in stored:
+                found['image mode'] = stored if '16' in stored else mode
+        except BadInput as error:
+            found['damaged image'] = reason(error)
     mask_found, classes = look_at_mask(os.path.join(gt_dir, name + '.png'), num_classes, size)
     return {**found, **mask_found}, classes
 
 
 # ----- labels -----
 
-def read_labels(names, cls_labels, voc12_root, class_names):
-    """(labels, unusable): dict name -> float32 (C,) multi-hot, and (name, why) of the names that have none.
-
-    Reads what `load_labels` reads, without stopping at the first name that is wrong. An empty label is a label.
-    Raises BadInput for a cls_labels file that is no dict, see tool/unpickle.py.
-    """
-    if os.path.isfile(cls_labels):
-        get_label = load_dict(cls_labels, '--cls_labels').__getitem__
-    else:
-        def get_label(name):
-            return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names)
+def read_labels(names, reader):
+    """(labels, unusable): dict name -> float32 (C,) multi-hot, and (name, why) of the names that have none. reader: a
+    LabelReader. Does not stop at the first name that is wrong, as training does. An empty label is a label."""
     labels, unusable = {}, []
     for name in names:
         try:
-            label = np.asarray(get_label(name), np.float32)
-        except KeyError:
-            unusable.append((name, 'no entry'))
-            continue
-        except (ValueError, OverflowError) as error:        # BadInput too; text, or a number beyond float
+            labels[name] = reader.read(name)
+        except ValueError as error:         # BadInput too
             unusable.append((name, reason(error)))
-            continue
-        if label.shape != (len(class_names),):
-            unusable.append((name, f'shape {label.shape}, not ({len(class_names)},)'))
-        elif not np.isin(label, (0, 1)).all():
-            unusable.append((name, 'other values than 0 and 1'))
-        else:
-            labels[name] = label
     return labels, unusable
 
 
@@ -158,6 +123,16 @@ def judge(level, what, found, hint=''):
 def pick(results, key):
     """(name, detail) of the names that have the finding `key`."""
     return [(name, found[key]) for name, (found, _) in results.items() if key in found]
+
+
+def values_line(results, num_classes):
+    """Label values that are no class: in which masks, and how many pixels of each there are in all."""
+    found = pick(results, 'values')                         # (name, dict value -> pixels)
+    pixels = sum((collections.Counter(wrong) for _, wrong in found), collections.Counter())
+    counts = ', '.join(f'{value}: {count:,}' for value, count in pixels.most_common(10))
+    return judge(PROBLEM, f'masks with values other than 0..{num_classes} and {IGNORE}',
+                 [(name, ' '.join(map(str, [*wrong][:5]))) for name, wrong in found],
+                 f'pixels of a value: {counts}; another class list (--class_names), or no ground truth')
 
 
 def mask_lines(results, gt_dir, needed, class_names):
@@ -177,8 +152,7 @@ def mask_lines(results, gt_dir, needed, class_names):
     else:
         level, hint = PROBLEM, NOT_OFFICIAL
     lines += [judge(PROBLEM, 'masks of another size than their image (width x height)', pick(results, 'size')),
-              judge(PROBLEM, f'masks with values other than 0..{len(class_names)} and {IGNORE}',
-                    pick(results, 'values'), 'another class list (--class_names), or no ground truth'),
+              values_line(results, len(class_names)),
               judge(level, "masks that are not indexed images in VOC's colours", pick(results, 'mask form'), hint)]
     bare = pick(results, 'no 255')
     if len(bare) == readable:
@@ -192,7 +166,7 @@ def mask_lines(results, gt_dir, needed, class_names):
 def label_lines(names, labels, unusable, source, key):
     """The image-level labels: there, not empty, those that SEAM used. key: which of VOC's lists it is, or None."""
     level = NOTE if key == 'test' else PROBLEM              # VOC keeps the labels of test to itself
-    lines = [judge(level, f'images without a usable label in {source} (--cls_labels)', unusable),
+    lines = [judge(level, f'images without a usable label in {source}', unusable),
              judge(level, 'images without any class', [(name, '') for name in labels if not labels[name].any()],
                    'training refuses them')]
     if key and not unusable:
@@ -216,24 +190,6 @@ def agreement_lines(results, labels, class_names):
     return lines
 
 
-# ----- for the other scripts -----
-
-def ground_truth_warnings(gt_dir, names, class_names):
-    """Warning lines about masks that are not VOC's official files; empty where all is well, or the classes are others.
-
-    Reads the headers of at most SAMPLE masks, spread over the list; passes over those that are missing or damaged.
-    """
-    if list(class_names) != CAT_LIST:
-        return []
-    forms = []
-    for index in np.unique(np.linspace(0, len(names) - 1, min(SAMPLE, len(names))).astype(int)):
-        with contextlib.suppress(OSError, SyntaxError, ValueError):
-            forms.append(mask_form(os.path.join(gt_dir, names[index] + '.png')))
-    odd = sum(not official for _, official in forms)
-    return [f"{odd} of {len(forms)} masks looked at in {gt_dir} (--gt_dir) are not indexed images in VOC's "
-            f'colours: {NOT_OFFICIAL}'] if odd else []
-
-
 def main(args):
     """Returns the exit code: 0 without a PROBLEM, else 1."""
     check_range(args, 0, 256, 'num_workers')
@@ -246,7 +202,8 @@ def main(args):
     key = find_canonical(names) if list(class_names) == CAT_LIST else None
     gt_dir = args.gt_dir or os.path.join(args.voc12_root, GT_FOLDER)
     # before the images: a wrong file ends the run at once
-    labels, unusable = read_labels(names, args.cls_labels, args.voc12_root, class_names)
+    reader = LabelReader(args.cls_labels, args.voc12_root, class_names)
+    labels, unusable = read_labels(names, reader)
     work = functools.partial(look_at, voc12_root=args.voc12_root, gt_dir=gt_dir, num_classes=len(class_names))
     results = {name: result for result, name in zip(parallel_map(work, names, args.num_workers, 'check'), names)}
 
@@ -254,10 +211,12 @@ def main(args):
              judge(PROBLEM, 'names more than once in the list', [(name, '') for name in names if counts[name] > 1]),
              judge(PROBLEM, 'missing images', pick(results, 'no image')),
              judge(PROBLEM, 'images that cannot be read', pick(results, 'damaged image')),
-             judge(NOTE, 'images that are not RGB', pick(results, 'image mode'), 'harmless: converted to RGB')]
+             judge(NOTE, 'images that are not RGB of 8 bits', pick(results, 'image mode'),
+                   'converted to that: 16 bits by their range, transparency left out')]
     lines += mask_lines(results, gt_dir, bool(args.gt_dir) or key in ('train', 'val'), class_names)
-    source = args.cls_labels if os.path.isfile(args.cls_labels) else os.path.join(args.voc12_root, ANNOT_FOLDER)
-    lines += label_lines(names, labels, unusable, source, key)
+    lines += label_lines(names, labels, unusable, reader.source, key)
+    if reader.unknown:
+        lines.append((PROBLEM, describe_unknown(reader.unknown)))
     lines += agreement_lines(results, labels, class_names)
     for level, text in lines:
         print(f'{level:7}  {text}')

@@ -1,4 +1,5 @@
 """Class names, image lists and image-level labels, by default those of PASCAL VOC 2012. Needs no torch."""
+import collections
 import os
 import re
 import xml.etree.ElementTree as ElementTree
@@ -18,8 +19,28 @@ ANNOT_FOLDER = 'Annotations'
 GT_FOLDER = 'SegmentationClass'
 AUG_GT_FOLDER = 'SegmentationClassAug'
 
+# what no foreground class is called, letters alone, in lower case
+NO_CLASS = {'background', 'bg', 'bkg', 'backgroundclass', 'void', 'ignore', 'ignored', 'ignoreregion', 'unlabeled',
+            'unlabelled', 'dontcare', 'none', 'noclass', 'nolabel'}
+IMG_EXTENSIONS = ('.jpg', '.JPG', '.jpeg', '.JPEG', '.png', '.PNG')
 MAX_TEXT = 100 * 2 ** 20           # bytes of a list
 MAX_XML = 2 ** 20                  # bytes of an annotation; those of VOC have 20,000 at most
+
+
+def check_class_names(names, source):
+    """Raises BadInput unless these can be the foreground classes: 1 to 254 different names, none of which means the
+    background or ignored pixels, under any spelling. source: where they are from, for the message."""
+    if not 1 <= len(names) < IGNORE:
+        raise BadInput(f'{source} has {len(names)} classes; 1 to {IGNORE - 1} are possible')
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f'{source} names the class {name} twice')
+        if name.startswith('#') or re.search(r'\d+([\s,;]+)\d+\1\d+|#[\da-fA-F]{6}', name):
+            raise BadInput(f'{source} has {name[:100]!r}: a label map with colours; write the names of the foreground '
+                           'classes alone, one a line, without the background')
+        if ''.join(filter(str.isalpha, name.casefold())) in NO_CLASS:
+            raise BadInput(f'{source} has the class {name}: delete it and list foreground classes alone; 0 is the '
+                           f'background already, and {IGNORE} what is ignored')
 
 
 def load_class_names(path):
@@ -27,19 +48,12 @@ def load_class_names(path):
 
     Class c counts from 0 in CAM dicts and multi-hot labels, and is c + 1 in label maps, where 0 is the background
     and 255 is ignored: so there are 1 to 254 classes. Blank lines and spaces around a name are passed over, and
-    spaces in a name stay.
-    Raises BadInput, also for a name that is there twice, and for "background", which is no class of its own.
+    spaces in a name stay. Raises BadInput as `read_lines` and `check_class_names` do.
     """
     if path is None:
         return CAT_LIST
     names = [' '.join(line.split()) for line in read_lines(path, '--class_names') if line.strip()]
-    if not 1 <= len(names) < IGNORE:
-        raise BadInput(f'{path} (--class_names) has {len(names)} classes; 1 to {IGNORE - 1} are possible')
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise BadInput(f'{path} (--class_names) names the class {twice[0]} twice')
-    if 'background' in names:
-        raise BadInput(f'{path} (--class_names) has the class background: list foreground classes alone')
+    check_class_names(names, f'{path} (--class_names)')
     return names
 
 
@@ -61,33 +75,60 @@ def read_lines(path, flag):
 
 
 def get_img_path(name, voc12_root):
-    """Path of an image under the data root."""
-    return os.path.join(voc12_root, IMG_FOLDER, name + '.jpg')
+    """Path of an image under the data root: NAME.jpg, or where that is missing NAME with another of IMG_EXTENSIONS."""
+    stem = os.path.join(voc12_root, IMG_FOLDER, name)
+    return next((stem + extension for extension in IMG_EXTENSIONS if os.path.isfile(stem + extension)), stem + '.jpg')
 
 
 def load_img_name_list(path, flag='--train_list or --infer_list'):
     """Image names of a list file, in order.
 
     Accepts VOC's own form (one name a line) and the two-column form of AffinityNet and SEAM
-    (`/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`); blank lines are passed over.
-    Only the file name of the first column counts, so every image is one of the data root.
+    (`/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`); blank lines are passed over, and the -1, 0 or 1 behind the
+    names in VOC's lists of one class. The first column ends behind an extension, so names may have blanks there. Only
+    its file name counts, so every image is one of the data root.
     `flag` is the command-line flag that named the file, for the messages.
     Raises BadInput for a missing or empty list, and for a name that leaves the data root: `..` as a folder or a name,
-    a backslash.
+    a backslash; and for blanks in a name without an extension.
     """
     if not os.path.isfile(path) and os.path.basename(os.path.dirname(os.path.abspath(path))) == 'voc12':
         source = ' --sbd_root benchmark_RELEASE' if os.path.basename(path) == 'train_aug.txt' else ''
         raise BadInput(f'no such list: {path} ({flag}); make it with: '
                        f'python voc12/make_lists.py --voc12_root VOC2012{source}')
     names = []
-    for field in (line.split()[0] for line in read_lines(path, flag) if line.strip()):
-        stem, extension = os.path.splitext(os.path.basename(field))
-        names.append(stem if extension.lower() in ('.jpg', '.jpeg', '.png') else stem + extension)
-        if names[-1] in ('', '.') or '..' in [names[-1], *field.split('/')] or '\\' in names[-1]:
-            raise BadInput(f'{path} ({flag}) has {field[:100]!r}, which is no name of an image in the data root')
+    for line in (line.strip() for line in read_lines(path, flag) if line.strip()):
+        column = (re.match(r'(.+?)\.(?:jpe?g|png)(?!\S)', line, re.IGNORECASE)
+                  or re.fullmatch(r'(\d{4}_\d{6})\s+-?[01]', line))
+        field = column[1] if column else line
+        names.append(os.path.basename(field))
+        if (names[-1] in ('', '.') or '..' in field.split('/') or '\\' in names[-1]
+                or (not column and len(line.split()) > 1)):
+            raise BadInput(f'{path} ({flag}) has {line[:100]!r}, which is no name of an image in the data root; a name '
+                           'with blanks needs its extension')
     if not names:
         raise BadInput(f'the list is empty: {path} ({flag})')
     return names
+
+
+def read_names(path, flag):
+    """Set of the names in a list of VOC or SBD; prints the ones that are there twice."""
+    names = load_img_name_list(path, flag)
+    twice = sorted(name for name, count in collections.Counter(names).items() if count > 1)
+    if twice:
+        print(f'{path}: {len(twice)} names more than once, kept once: {first_five(twice)}')
+    return set(names)
+
+
+def stems(folder, extension, flag):
+    """Set of the file names in `folder` that end in `extension`, without it. Hidden files do not count."""
+    check_dir(folder, flag)
+    split = [os.path.splitext(name) for name in os.listdir(folder) if not name.startswith('.')]
+    return {stem for stem, found in split if found == extension}
+
+
+def first_five(names):
+    """The first five of a list of names, for a message."""
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
 
 
 def check_images(names, list_path, voc12_root):
@@ -123,10 +164,11 @@ def read_xml(path):
     return ElementTree.fromstring(text)
 
 
-def label_from_xml(path, class_names):
+def label_from_xml(path, class_names, unknown=None):
     """float32 (C,) multi-hot of one VOC annotation file.
 
     Every `<object><name>` among the class names counts, difficult ones too; the names of `<part>`s are no classes.
+    unknown: a Counter, to which the other objects' names are added.
     Raises BadInput for a file that cannot be read, see `read_xml`.
     """
     label = np.zeros(len(class_names), np.float32)
@@ -137,36 +179,73 @@ def label_from_xml(path, class_names):
     for name in (element.findtext('name', '').strip() for element in objects):
         if name in class_names:
             label[class_names.index(name)] = 1.
+        elif unknown is not None:
+            unknown[name] += 1
     return label
 
 
-def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
-    """Image-level labels of `names`: dict name -> float32 (C,) multi-hot, none of them empty.
+def describe_unknown(unknown):
+    """One line on object names in XML that are no class. unknown: Counter of the names, not empty."""
+    names = [f'{name or "(no name)"} ({count})' for name, count in unknown.most_common(20)]
+    if len(unknown) > len(names):
+        names.append(f'{len(unknown) - len(names)} more names')
+    return (f'{sum(unknown.values()):,} objects in {ANNOT_FOLDER} are of no class of --class_names and do not count: '
+            + ', '.join(names))
 
-    cls_labels: .npy file of a pickled dict (the reference's format, read by tool/unpickle.py, which runs nothing) or
-    .npz file of arrays. Where that file is missing, the XML annotations of the data root are read.
-    Raises BadInput for another file, a name without an entry, and for an image without any class.
+
+class LabelReader:
+    """Image-level labels by name, from a cls_labels file or, where that is missing, from the XML of the data root.
+
+    cls_labels: .npy file of a pickled dict (the reference's format, read without running anything in it) or .npz file
+    of arrays. Keys are names, or whole numbers as in irn's file: 2007000032 is 2007_000032.
+    source: where they are from, for messages. unknown: Counter of object names in the XML that are no class.
     """
-    if os.path.isfile(cls_labels):
-        source = f'{cls_labels} (--cls_labels)'
-        table = load_dict(cls_labels, '--cls_labels')
+
+    def __init__(self, cls_labels, voc12_root, class_names):
+        self.class_names, self.unknown = class_names, collections.Counter()
+        self.folder = os.path.join(voc12_root, ANNOT_FOLDER)
+        self.table = load_dict(cls_labels, '--cls_labels') if os.path.isfile(cls_labels) else None
+        self.source = (f'{self.folder} (--cls_labels {cls_labels} does not exist)' if self.table is None
+                       else f'{cls_labels} (--cls_labels)')
+        for key in [key for key in self.table or () if not isinstance(key, str)]:
+            self.table[f'{str(key)[:4]}_{str(key)[4:]}'] = self.table[key]
+
+    def read(self, name):
+        """float32 (C,) of 0 and 1, perhaps of 0 alone. Raises ValueError, which says why there is no such label."""
+        if self.table is None:
+            return label_from_xml(os.path.join(self.folder, name + '.xml'), self.class_names, self.unknown)
+        if name not in self.table:
+            raise ValueError('no entry')
         try:
-            labels = {name: np.asarray(table[name], np.float32) for name in names}
-        except KeyError as error:
-            raise BadInput(f'image {error.args[0]} is not in {source}') from error
-        except (ValueError, OverflowError) as error:        # text, or a number beyond float
-            raise BadInput(f'{source} holds labels that are no numbers: {error}') from error
-    else:
-        source = f'{os.path.join(voc12_root, ANNOT_FOLDER)} (--cls_labels {cls_labels} does not exist)'
-        print(f'labels: from {source}')
-        labels = {name: label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names)
-                  for name in names}
-    for name, label in labels.items():
-        if label.shape != (len(class_names),):
-            raise BadInput(f'the label of image {name} has shape {label.shape}, not ({len(class_names)},), one value '
-                           f'for each of --class_names: {source}')
+            label = np.asarray(self.table[name], np.float32)
+        except OverflowError as error:
+            raise ValueError(str(error)) from error
+        if label.shape != (len(self.class_names),):
+            raise ValueError(f'shape {label.shape}, not ({len(self.class_names)},), a value for each of --class_names')
         if not np.isin(label, (0, 1)).all():
-            raise BadInput(f'the label of image {name} holds other values than 0 and 1: {source}')
+            raise ValueError('other values than 0 and 1')
+        return label
+
+
+def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
+    """Image-level labels of `names`: dict name -> float32 (C,) multi-hot, none of them empty. Sources: see LabelReader.
+    Raises BadInput for a bad file, a name without a usable label, and for an image without any class. Warns of objects
+    in the XML that are of no class."""
+    reader = LabelReader(cls_labels, voc12_root, class_names)
+    if reader.table is None:
+        print(f'labels: from {reader.source}')
+    labels = {}
+    for name in dict.fromkeys(names):
+        try:
+            labels[name] = reader.read(name)
+        except BadInput:
+            raise
+        except ValueError as error:
+            raise BadInput(f'the label of image {name} is not usable: {error}; it is from {reader.source}') from error
+    if reader.unknown:
+        print(f'warning: {describe_unknown(reader.unknown)}')
+    for name, label in labels.items():
         if not label.any():
-            raise BadInput(f'image {name} has no class in {source}; take it out of the list, or correct its label')
+            raise BadInput(f'image {name} has no class in {reader.source}; take it out of the list, or correct its '
+                           'label')
     return labels

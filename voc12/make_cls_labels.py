@@ -5,22 +5,25 @@
 `cd voc12; python make_cls_labels.py --voc12_root VOC2012`, the command of the original release, does the same.
 """
 import argparse
+import collections
 import os
 import sys
 
 import numpy as np
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-REPO_ROOT = os.path.dirname(HERE)
-# `python voc12/make_cls_labels.py` puts voc12/ on the path, not the repository root
-sys.path.insert(0, REPO_ROOT)
+if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, check_dir, exit_on_bad_input
 from tool.files import atomic_write
 from tool.image_files import IGNORE, read_label_map
 from voc12.canonical import compare_labels
-from voc12.lists import ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, label_from_xml, load_class_names, load_img_name_list
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, describe_unknown, first_five, label_from_xml,
+                         load_class_names, load_img_name_list)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO_ROOT = os.path.dirname(HERE)
 
 
 def get_args_parser():
@@ -76,10 +79,11 @@ def label_from_mask(path, num_classes):
     return label
 
 
-def image_label(name, voc12_root, source, class_names):
-    """float32 (C,) multi-hot of one image; source: 'xml' or 'seg'."""
+def image_label(name, voc12_root, source, class_names, unknown):
+    """float32 (C,) multi-hot of one image; source: 'xml' or 'seg'. unknown: Counter of object names that are no class,
+    to which those of the image are added."""
     if source == 'xml':
-        return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names)
+        return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names, unknown)
     paths = [os.path.join(voc12_root, folder, name + '.png') for folder in (AUG_GT_FOLDER, GT_FOLDER)]
     for path in paths:
         if os.path.isfile(path):
@@ -101,8 +105,8 @@ def report(lists, labels, class_names):
         print(f'{flag}: {compare_labels(names, labels)}')
         empty = [name for name in names if not labels[name].any()]
         if empty:
-            print(f'{flag}: warning: {len(empty)} images without any class, which training refuses: '
-                  + ', '.join(empty[:5]))
+            print(f'warning: {flag}: {len(empty)} images without any class, which training refuses: '
+                  f'{first_five(empty)}')
 
 
 def main(args):
@@ -114,15 +118,17 @@ def main(args):
     out = out if out.endswith('.npy') else out + '.npy'      # as np.save does with a path
     check_dir(os.path.dirname(os.path.abspath(out)), '--out')
 
-    labels = {}
-    names = [name for names in lists.values() for name in names]
+    labels, unknown = {}, collections.Counter()
+    names = dict.fromkeys(name for names in lists.values() for name in names)
     # Closed by `with`, so that an error message starts on a line of its own; no bar where no terminal is.
     with tqdm(names, desc=f'labels from {args.source}', disable=None) as progress:
         for name in progress:
-            labels[name] = image_label(name, voc12_root, args.source, class_names)
+            labels[name] = image_label(name, voc12_root, args.source, class_names, unknown)
     with atomic_write(out) as file:
         np.save(file, labels, allow_pickle=True)
     report(lists, labels, class_names)
+    if unknown:
+        print(f'warning: {describe_unknown(unknown)}')
     print(f'{len(labels)} labels written to {out}')
 
 

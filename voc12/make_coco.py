@@ -4,9 +4,11 @@
     python train_SEAM.py --voc12_root COCO --train_list COCO/ImageSets/Segmentation/train.txt \\
         --cls_labels COCO/cls_labels.npy --class_names voc12/coco_names.txt ...
 
-Reads annotations/instances_{train,val}2014.json and the images in {train,val}2014/ or images/{train,val}2014/ below
---coco_root; links to the images. A class is a category; its index is the category's place by ascending id (ids have
-gaps: COCO's are 1 to 90 for 80 categories). Crowd regions count like objects.
+Reads annotations/instances_{train,val}2014.json, the second where it exists, and the images in {train,val}2014/
+or images/{train,val}2014/ below --coco_root; links to the images. The file name of an image, without folders and
+extension and with _ for blanks, dots and the like, is its name in lists and results. A class is a category; its index
+is the category's place by ascending id (ids have gaps: COCO's are 1 to 90 for 80 categories). Crowd regions count like
+objects; objects without an outline count in the labels alone.
 
 Training refuses images without a class, and so does inference, which takes the classes from the labels. So images
 without any annotation are left out: about 700 of the 82,783 training and 400 of the 40,504 validation images of 2014.
@@ -15,23 +17,21 @@ import argparse
 import functools
 import json
 import os
-import re
 import sys
 
 import cv2
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-# `python voc12/make_coco.py` puts voc12/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(HERE))
+if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, make_dir
-from tool.image_files import IGNORE, save_label_map
+from tool.image_files import save_label_map
 from tool.workers import parallel_map
-from voc12.lists import GT_FOLDER, IMG_FOLDER
-from voc12.make_custom import check_out, write_lines, write_root
+from voc12.data_root import EXTENSIONS, check_out, name_images, write_lines, write_root
+from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, stems
 
-SPLITS = ('train', 'val')
+HERE = os.path.dirname(os.path.abspath(__file__))
 MARKER = 'COCO.txt'                # tells a folder of ours from others
 FINE = 8                           # grid points per pixel side that polygons are drawn on; even: centres are on it
 
@@ -41,8 +41,8 @@ def get_args_parser():
         description='Makes a data root in the layout of VOC from COCO: links to the images, lists, image-level '
                     'labels, masks, class names. Images without any annotation are left out.')
     parser.add_argument('--coco_root', required=True, type=str,
-                        help='folder with annotations/instances_train2014.json and instances_val2014.json, and the '
-                             'images in train2014/ and val2014/ or in images/train2014/ and images/val2014/')
+                        help='folder with annotations/instances_train2014.json and perhaps instances_val2014.json, '
+                             'and the images in train2014/ and val2014/ or in images/train2014/ and images/val2014/')
     parser.add_argument('--out', default='COCO', type=str, metavar='ROOT',
                         help='folder to write, the --voc12_root of the other scripts: new, empty, or made by this '
                              'script before (default: %(default)s)')
@@ -51,15 +51,15 @@ def get_args_parser():
                              'ascending category id (default: %(default)s)')
     parser.add_argument('--masks', action='store_true',
                         help=f'write {GT_FOLDER}/ too: palette PNGs, 0 background, class index from 1, for '
-                             'evaluation.py; masks that are there already are kept, so an interrupted run goes on')
-    parser.add_argument('--overwrite', action='store_true', help='make masks again that are there already')
+                             'evaluation.py')
+    parser.add_argument('--resume', action='store_true', help='keep the masks that an interrupted run has finished')
     parser.add_argument('--year', default=2014, type=int, help='the year in the names above (default: %(default)s)')
     parser.add_argument('--num_workers', default=8, type=int,
                         help='processes for the masks; 0 works in the main one (default: %(default)s)')
     return parser
 
 
-# ----- outlines: a list of float32 (n, 2) polygons, x and y in pixels, or int64 (runs,) run lengths -----
+# ----- outlines: float32 (n, 2) polygons, x and y in pixels, or int64 (runs,) run lengths, or None: empty -----
 
 def decode_counts(text):
     """Run lengths (list of int) of COCO's compressed RLE string.
@@ -83,16 +83,22 @@ def decode_counts(text):
 
 def read_outline(segmentation, h, w):
     """Outline of the json's `segmentation`: polygons [[x, y, x, y, ...], ...], or an RLE object {'size': [h, w],
-    'counts': list or compressed string} of an image of h x w pixels. Raises ValueError."""
+    'counts': list or compressed string} of an image of h x w pixels; None where it is empty: polygons of fewer than
+    three points have no area. Raises ValueError."""
     if isinstance(segmentation, dict):
         counts = segmentation['counts']
+        if not counts:
+            return None
         counts = np.array(decode_counts(counts) if isinstance(counts, str) else counts, np.int64)
         if segmentation['size'] != [h, w] or counts.sum() != h * w or counts.min() < 0:
             raise ValueError(f'the run lengths do not fill the {h} x {w} pixels of the image')
         return counts
-    if not segmentation or any(len(polygon) % 2 or len(polygon) < 6 for polygon in segmentation):
-        raise ValueError('a polygon needs an even count of numbers, 6 or more')
-    return [np.array(polygon, np.float32).reshape(-1, 2) for polygon in segmentation]
+    if any(not isinstance(polygon, list) or len(polygon) % 2 for polygon in segmentation or ()):
+        raise ValueError('a polygon needs to be a list of an even count of numbers')
+    polygons = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in segmentation or () if len(polygon) >= 6]
+    if not all(np.isfinite(polygon).all() for polygon in polygons):
+        raise ValueError('a polygon has numbers that are not finite')
+    return polygons or None
 
 
 def fill_runs(counts, h, w):
@@ -122,10 +128,12 @@ def paint_objects(h, w, objects):
     """uint8 (h, w) label map: 0 background, else the class index. objects: list of (class index, is a crowd, outline).
 
     Crowds first, then objects by falling area in pixels, so that what is small stays visible; of equals the later
-    one is on top.
+    one is on top. Empty outlines are passed over.
     """
     layers = []
     for index, crowd, outline in objects:
+        if outline is None:
+            continue
         mask = fill_polygons(outline, h, w) if isinstance(outline, list) else fill_runs(outline, h, w)
         layers.append((not crowd, -np.count_nonzero(mask), index, mask))
     labels = np.zeros((h, w), np.uint8)
@@ -142,85 +150,112 @@ def write_mask(picture, folder):
 
 # ----- annotations -----
 
-def find_split(coco_root, split, year):
-    """(instances file, image folder) of a split. Raises BadInput where one of them is missing."""
-    path = os.path.join(coco_root, 'annotations', f'instances_{split}{year}.json')
-    check_file(path, '--coco_root')
+def find_image_folder(coco_root, split, year):
+    """The image folder of a split. Raises BadInput where it is missing."""
     folders = [os.path.join(coco_root, *inner, f'{split}{year}') for inner in ((), ('images',))]
     for folder in folders:
         if os.path.isdir(folder):
-            return path, folder
+            return folder
     raise BadInput(f'no such folder: {folders[0]}, nor {folders[1]} (--coco_root)')
 
 
+def whole(number):
+    """A size as int, where the json has 64.0 too. Raises ValueError for other numbers, TypeError for none."""
+    if number != int(number) or number < 1:
+        raise ValueError(f'an image has a size of {number} pixels')
+    return int(number)
+
+
 def read_json(path, with_masks):
-    """Reads an instances file: (class names, by ascending category id; dict file name of the image -> (h, w, objects)).
+    """Reads an instances file: (class names, by ascending category id; list of (file name of an image, h, w, objects)).
     objects: as in `paint_objects`; outlines are None without masks. Raises BadInput for any other content."""
-    where = ''
+    where, empty = '', []
     try:
-        with open(path, encoding='utf-8') as file:
-            data = json.load(file)
+        with open(path, encoding='utf-8-sig') as json_file:
+            data = json.load(json_file)
         categories = {entry['id']: ' '.join(entry['name'].split()) for entry in data['categories']}
         index_of = {number: index for index, number in enumerate(sorted(categories), 1)}
-        images = {entry['id']: (entry['file_name'], entry['height'], entry['width'], []) for entry in data['images']}
+        images = {}
+        for entry in data['images']:
+            if entry['id'] in images:
+                raise ValueError(f'two images have the id {entry["id"]}')
+            file = os.path.normpath(entry['file_name'].replace('\\', '/'))
+            images[entry['id']] = (file, whole(entry['height']), whole(entry['width']), [])
         for entry in data['annotations']:
             where = f'annotation {entry.get("id")}: '
             _, h, w, objects = images[entry['image_id']]
-            outline = read_outline(entry['segmentation'], h, w) if with_masks else None
+            outline = read_outline(entry.get('segmentation'), h, w) if with_masks else None
             objects.append((index_of[entry['category_id']], bool(entry.get('iscrowd')), outline))
+            if with_masks and outline is None:
+                empty.append(entry.get('id'))
     except KeyError as error:
         raise BadInput(f'{path} (--coco_root) is no complete instances file: {where}{error} is missing') from error
-    except (OSError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInput(f'{path} (--coco_root) is no instances file of COCO: {where}{error}') from error
     names = [categories[number] for number in index_of]
-    if not 1 <= len(set(names)) == len(names) < IGNORE or 'background' in names:
-        raise BadInput(f'{path} (--coco_root) has {len(names)} categories; 1 to {IGNORE - 1} are possible, of '
-                       'different names, and none may be called background')
-    return names, {file: (h, w, objects) for file, h, w, objects in images.values()}
+    check_class_names(names, f'{path} (--coco_root)')
+    if empty:
+        print(f'warning: {len(empty)} of {len(data["annotations"])} annotations have no outline, the first is number '
+              f'{empty[0]}: they count in the labels and are missing in the masks')
+    return names, list(images.values())
 
 
 def read_split(path, folder, with_masks):
     """Reads a split: (class names, dict image name -> (path, h, w, objects), sorted by name), without images that have
-    no object. Raises BadInput for images that are missing, or whose name does not suit a list."""
+    no object. Raises BadInput for images that are missing, not in `folder`, or of one name."""
     print(f'reading {path}')
     class_names, images = read_json(path, with_masks)
-    odd = [file for file in images if not re.fullmatch(r'[\w-][\w.-]*\.jpe?g', file, re.IGNORECASE)]
-    if odd:
-        raise BadInput(f'{path} (--coco_root) has the file name {odd[0]!r}; plain names are needed: NAME.jpg, without '
-                       'folders and blanks')
-    missing = [file for file in images if not os.path.isfile(os.path.join(folder, file))]
+    for file, _, _, _ in images:
+        if file.startswith((os.pardir, os.sep)) or not file.lower().endswith(EXTENSIONS):
+            raise BadInput(f'{path} (--coco_root) has the file name {file!r}, which is no image in {folder}')
+    missing = [file for file, _, _, _ in images if not os.path.isfile(os.path.join(folder, file))]
     if missing:
         raise BadInput(f'{len(missing)} of the {len(images)} images of {path} are not in {folder} (--coco_root), the '
                        f'first: {missing[0]}')
-    pictures = {os.path.splitext(file)[0]: (os.path.join(folder, file), *images[file]) for file in sorted(images)
-                if images[file][-1]}
-    print(f'{len(pictures)} images; {len(images) - len(pictures)} more without any annotation are left out')
-    return class_names, pictures
+    labelled = [image for image in images if image[-1]]
+    names = name_images([file for file, _, _, _ in labelled], f'{path} (--coco_root)')
+    by_file = {file: (os.path.join(folder, file), h, w, objects) for file, h, w, objects in labelled}
+    print(f'{len(names)} images; {len(images) - len(names)} more without any annotation are left out')
+    return class_names, {name: by_file[file] for name, file in names.items()}
+
+
+def read_splits(args):
+    """(class names, dict 'train' or 'val' -> images as in `read_split`, none where val has no instances file).
+    Raises BadInput where the two do not fit."""
+    class_names, splits = {}, {'train': {}, 'val': {}}
+    for split in splits:
+        path = os.path.join(args.coco_root, 'annotations', f'instances_{split}{args.year}.json')
+        if split == 'val' and not os.path.exists(path):
+            print(f'no val.txt: there is no {path}')
+            continue
+        check_file(path, '--coco_root')
+        folder = find_image_folder(args.coco_root, split, args.year)
+        class_names[split], splits[split] = read_split(path, folder, args.masks)
+    if class_names.get('val', class_names['train']) != class_names['train'] or splits['train'].keys() & splits['val']:
+        raise BadInput(f'the instances files of train and val (--coco_root {args.coco_root}) do not belong together: '
+                       'categories differ, or an image is in both')
+    return class_names['train'], splits
 
 
 def main(args):
     check_range(args, 0, 256, 'num_workers')
     check_out(args.out, MARKER)
-    sources = [find_split(args.coco_root, split, args.year) for split in SPLITS]
-    (class_names, train), (val_names, val) = (read_split(*source, args.masks) for source in sources)
-    if class_names != val_names or train.keys() & val.keys():
-        raise BadInput(f'{sources[0][0]} and {sources[1][0]} (--coco_root) do not belong together: categories differ, '
-                       'or an image is in both')
-    pictures = {**train, **val}
+    class_names, splits = read_splits(args)
+    pictures = {**splits['train'], **splits['val']}
     labels = {name: np.zeros(len(class_names), np.float32) for name in pictures}
     for name, (_, _, _, objects) in pictures.items():
         labels[name][[index - 1 for index, _, _ in objects]] = 1.
 
     make_dir(os.path.dirname(os.path.abspath(args.names)), '--names')
     files = {os.path.join(IMG_FOLDER, name + '.jpg'): picture[0] for name, picture in pictures.items()}
-    write_root(args.out, MARKER, files, labels, class_names, dict(zip(SPLITS, (train, val))))
+    write_root(args.out, MARKER, files, labels, class_names, splits)
     write_lines(args.names, class_names)
     print(f'{len(labels)} images of {len(class_names)} classes in {args.out}, class names in {args.names}')
     if args.masks:
         folder = os.path.join(args.out, GT_FOLDER)
         make_dir(folder, '--out')
-        todo = [(name, *picture[1:]) for name, picture in pictures.items()
-                if args.overwrite or not os.path.isfile(os.path.join(folder, name + '.png'))]
+        done = stems(folder, '.png', '--out') if args.resume else set()
+        todo = [(name, *picture[1:]) for name, picture in pictures.items() if name not in done]
         for _ in parallel_map(functools.partial(write_mask, folder=folder), todo, args.num_workers, 'masks'):
             pass
         print(f'{len(todo)} masks written to {folder}, {len(pictures) - len(todo)} already there')

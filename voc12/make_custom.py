@@ -6,8 +6,8 @@ The CSV file is UTF-8. Its fields are separated by tabs, commas or semicolons: t
 line has. A row is an image, by its path in --images with or without extension, and its classes, in one of two forms:
 
     names     cat1.jpg,cat,dog      a class in a field, or several, separated by ; or |
-    one-hot   image,cat,dog         a header with the class names, and below it 0 (or nothing) and 1 alone
-              cat1.jpg,1,1
+    one-hot   image,cat,dog         a header with the class names, and below it alone 1 or 0, True or False, yes or no,
+              cat1.jpg,1,1          their first letters, x or nothing, in any capitals
 
 A first line whose image does not exist is a header. The classes of all rows of an image add up.
 
@@ -21,24 +21,21 @@ import os
 import random
 import re
 import shlex
-import shutil
 import sys
 
 import numpy as np
-from tqdm import tqdm
 
-# `python voc12/make_custom.py` puts voc12/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, make_dir
-from tool.files import atomic_write
+from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
-from voc12.lists import GT_FOLDER, IMG_FOLDER, load_class_names, read_lines
+from voc12.data_root import EXTENSIONS, LIST_FOLDER, check_out, name_images, write_root
+from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, load_class_names, read_lines
 
-LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 MARKER = 'CUSTOM.txt'              # tells a folder of ours from others
-EXTENSIONS = ('.jpg', '.JPG', '.jpeg', '.JPEG', '.png', '.PNG', '.bmp', '.gif', '.tif', '.tiff', '.webp')
-BITS = {'': False, '0': False, '0.0': False, '1': True, '1.0': True}      # values of the one-hot form
+YES = {'1', 'true', 'yes', 'on', 'y', 't', 'x', '✓', '✔'}      # values of the one-hot form, in lower case
+NO = {'', '0', 'false', 'no', 'off', 'n', 'f'}
 
 
 def get_args_parser():
@@ -49,8 +46,9 @@ def get_args_parser():
                         help='folder to write, the --voc12_root of the other scripts: new, empty, or made by this '
                              'script before')
     parser.add_argument('--masks', metavar='DIR',
-                        help='folder of ground truth, for evaluation alone: PNGs at the paths of the images, with '
-                             f'class indices, 0 background, 1..C, {IGNORE} ignored; images may lack one')
+                        help='folder of ground truth, for evaluation alone: PNGs with the names of the images, in the '
+                             'same sub-folders or in none, with class indices, 0 background, 1..C, '
+                             f'{IGNORE} ignored; images may lack one')
     parser.add_argument('--val_share', default=0.2, type=float,
                         help='share of the images in val.txt, 0 to 0.9; 0 writes no val.txt. The last image of a class '
                              'stays in train (default: %(default)s)')
@@ -65,12 +63,41 @@ def get_args_parser():
 
 # ----- reading -----
 
+def first_file(*paths):
+    """The first of the paths that is a file, or None."""
+    return next(filter(os.path.isfile, paths), None)
+
+
 def find_image(images, field):
-    """Path, relative to the folder `images`, of the image that a row names, or None."""
-    for extension in ('', *EXTENSIONS):
-        if os.path.isfile(os.path.join(images, field + extension)):
-            return os.path.normpath(field + extension)
-    return None
+    """Path, relative to the folder `images`, of the image that a row names, or None. The row may leave out the
+    extension, or write it in other capitals. Raises BadInput for an image outside of the folder, and where several
+    images have the name."""
+    path = os.path.join(images, field)                           # an absolute field stays what it is
+    stem, extension = os.path.splitext(path)
+    endings = EXTENSIONS + tuple(map(str.upper, EXTENSIONS))
+    found = first_file(path, *(stem + ending for ending in endings if ending.lower() == extension.lower()))
+    if found is None:
+        # by their numbers on the disk: where capitals do not count, two of these are one file
+        alike = {os.stat(path + ending).st_ino: path + ending for ending in endings if os.path.isfile(path + ending)}
+        if not alike:
+            return None
+        if len(alike) > 1:
+            files = ', '.join(map(os.path.basename, alike.values()))
+            raise BadInput(f'"{field}" (--labels) is the name of several files in {images} (--images): {files}; write '
+                           'the extension')
+        found, = alike.values()
+    folder, file = os.path.split(found)
+    for resolve in (os.path.abspath, os.path.realpath):          # links in `images` may lead out of it
+        inner = os.path.relpath(resolve(folder), resolve(images))
+        if inner.split(os.sep)[0] != os.pardir:
+            return os.path.normpath(os.path.join(inner, file))
+    raise BadInput(f'"{field}" (--labels) is not in the folder {images} (--images)')
+
+
+def find_mask(masks, path):
+    """Path of the mask, in the folder `masks`, of the image with the relative `path`, or None."""
+    stems = [os.path.join(masks, os.path.splitext(inner)[0]) for inner in (path, os.path.basename(path))]
+    return first_file(*(stem + extension for stem in stems for extension in ('.png', '.PNG')))
 
 
 def read_rows(path):
@@ -86,36 +113,62 @@ def read_rows(path):
     return [(where, fields) for where, fields in rows if any(fields)]
 
 
-def tidy(name):
-    """A class name as load_class_names reads it."""
-    return ' '.join(name.split())
+def read_bit(value):
+    """Whether a value of the one-hot form means yes; None for text that is none of the usual spellings."""
+    text = value.casefold()
+    try:
+        text = f'{float(text.replace(",", ".")):g}'              # 1.0 and 1,00 are 1
+    except ValueError:
+        pass
+    return text in YES if text in YES | NO else None
+
+
+def is_one_hot(values, columns, source):
+    """Whether the values (set of str, lower case) of a CSV file are those of the one-hot form. columns: the header but
+    for its first field, or []. source: the file, for messages. Raises BadInput where it cannot be told."""
+    named = sorted(values - {''})
+    bits = [value for value in named if read_bit(value) is not None]
+    others = [value for value in named if read_bit(value) is None]
+    clear = [value for value in bits if not value.isalpha() or len(value) > 1]         # single letters may be classes
+    if bits and not others:
+        if not columns or '' in columns or len(set(columns)) < len(columns):
+            raise BadInput(f'{source} has values such as "{bits[0]}" alone, so its first line must be a header that '
+                           'names a class for every column, each once')
+        if not clear and len(set(map(read_bit, bits))) < len(bits):
+            raise BadInput(f'{source} has the values {", ".join(bits)}: classes, or yes and no? Write 1 and 0, or '
+                           'longer names of the classes')
+        return True
+    if clear or (bits and len(columns) > 1):
+        raise BadInput(f'{source} has "{others[0]}" beside "{(clear or bits)[0]}", a yes or no of the one-hot form, '
+                       'which has these alone, in columns of classes')
+    fractions = [value for value in others if re.fullmatch(r'-?\d*[.,]\d+(e-?\d+)?|-\d+', value)]
+    wide = len(columns) > 1 and (len(named) <= 2 or all(map(str.isdigit, named)))
+    if named and columns and (fractions or wide):
+        raise BadInput(f'{source} has a header and values such as "{others[0]}": classes, or yes and no? Write 1 and '
+                       '0, or delete the header if these are classes')
+    return False
 
 
 def read_labels(args):
     """Reads the CSV file: (dict relative image path -> set of class names, class names of a one-hot header or [])."""
     rows, header = read_rows(args.labels), []
     if rows and find_image(args.images, rows[0][1][0]) is None:
-        header = [tidy(field) for field in rows.pop(0)[1]]
+        header = [' '.join(field.split()) for field in rows.pop(0)[1]]
         print(f'{args.labels}: the first line is a header, since {args.images} has no image "{header[0]}"')
     if not rows:
         raise BadInput(f'{args.labels} (--labels) has no rows')
-    values = {value for _, (_, *values) in rows for value in values} - {''}
-    one_hot = bool(values) and values <= set(BITS)
-    columns = header[1:] if one_hot else []
-    if one_hot and (not columns or '' in columns or len(set(columns)) < len(columns)):
-        raise BadInput(f'{args.labels} (--labels) has values 0 and 1 alone, so its first line must be a header that '
-                       'names a class for every column, each once')
-    if not one_hot and values & set(BITS):
-        raise BadInput(f'{args.labels} (--labels) has "{max(values - set(BITS))}" beside values 0 and 1, which the '
-                       'one-hot form has alone, and which no class may be called')
+    columns = header[1:]
+    one_hot = is_one_hot({value.casefold() for _, (_, *values) in rows for value in values}, columns,
+                         f'{args.labels} (--labels)')
     labels, missing = {}, []
     for where, (field, *values) in rows:
         if one_hot and len(values) != len(columns):
             raise BadInput(f'{where}: {len(values)} values, but the header names {len(columns)} classes')
         if one_hot:
-            classes = {name for name, value in zip(columns, values) if BITS[value]}
+            classes = {name for name, value in zip(columns, values) if read_bit(value)}
         else:
-            classes = {tidy(name) for value in values for name in re.split('[;|]', value)} - {''}
+            names = re.split('[;|]', '|'.join(values))
+            classes = {' '.join(name.split()) for name in names} - {''}              # as load_class_names reads them
         if not classes:
             raise BadInput(f'{where}: {field} has no class; an image without any cannot be trained on, take it out')
         path = find_image(args.images, field)
@@ -126,33 +179,20 @@ def read_labels(args):
     if missing:
         raise BadInput(f'{len(missing)} rows name images that are not in {args.images} (--images), the first is '
                        f'{missing[0]}')
-    return labels, columns
+    return labels, columns if one_hot else []
 
 
 def choose_classes(used, args):
     """List of the class names, in the order of their indices. used: set of those in the CSV file."""
-    if args.class_names:
-        classes = load_class_names(args.class_names)
-        other = sorted(used - set(classes))
-        if other:
-            raise BadInput(f'{args.labels} (--labels) has {len(other)} classes that are not in {args.class_names} '
-                           f'(--class_names), the first is "{other[0]}"')
-        return classes
-    if len(used) >= IGNORE or 'background' in used:
-        raise BadInput(f'{args.labels} (--labels) has {len(used)} classes; 1 to {IGNORE - 1} are possible, and none '
-                       'may be called background')
-    return sorted(used)
-
-
-def name_images(paths):
-    """dict NAME -> relative image path, sorted by NAME. Raises BadInput for two images of one NAME."""
-    names = {}
-    for path in sorted(paths):
-        name = re.sub(r'[^\w-]', '_', os.path.splitext(os.path.basename(path))[0])
-        if name in names:
-            raise BadInput(f'{names[name]} and {path} (--images) would both be the image {name}; rename one')
-        names[name] = path
-    return dict(sorted(names.items()))
+    if not args.class_names:
+        check_class_names(sorted(used), f'{args.labels} (--labels)')
+        return sorted(used)
+    classes = load_class_names(args.class_names)
+    other = sorted(used - set(classes))
+    if other:
+        raise BadInput(f'{args.labels} (--labels) has {len(other)} classes that are not in {args.class_names} '
+                       f'(--class_names), the first is "{other[0]}"')
+    return classes
 
 
 def split_names(labels, val_share, seed):
@@ -168,60 +208,6 @@ def split_names(labels, val_share, seed):
     return sorted(set(names) - val), sorted(val)
 
 
-# ----- writing, for make_coco.py too -----
-
-def check_out(out, marker):
-    """Raises BadInput unless the folder `out` is new, empty, or one of ours, which has the file `marker`."""
-    if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, marker)):
-        raise BadInput(f'{out} was not made by this script; name an empty or new folder (--out)')
-
-
-def write_lines(path, lines):
-    with atomic_write(path) as file:
-        file.write(''.join(line + '\n' for line in lines).encode('utf-8'))
-
-
-def place_file(source, target, copy):
-    """Makes `target` a link to the file `source`, or a copy where that is asked for or links are not possible.
-    An older link is replaced. Raises BadInput for another file in the way, which may be the user's."""
-    if os.path.islink(target):
-        os.unlink(target)
-    elif os.path.exists(target):
-        if not filecmp.cmp(source, target, shallow=False):
-            raise BadInput(f'{target} (--out) is no copy of {source}; move it away, or name another folder')
-        return
-    if not copy:
-        try:
-            os.symlink(os.path.abspath(source), target)
-            return
-        except OSError:
-            pass                   # a file system or an account that has no links
-    with open(source, 'rb') as original, atomic_write(target) as file:
-        shutil.copyfileobj(original, file)
-
-
-def write_root(out, marker, files, labels, class_names, lists, copy=False):
-    """Writes a data root, the lists last. Images and masks of earlier runs that no list names any more stay.
-
-    files: dict path in `out` -> path of the file to link to. labels: dict NAME -> float32 (C,). lists: dict 'train' or
-    'val' -> names; an empty list is not written.
-    """
-    for folder in sorted({LIST_FOLDER, *map(os.path.dirname, files)}):
-        make_dir(os.path.join(out, folder), '--out')
-    write_lines(os.path.join(out, marker), [f'made by voc12/{os.path.basename(sys.argv[0])}'])
-    for target, source in tqdm(files.items(), desc='links', disable=None):
-        place_file(source, os.path.join(out, target), copy)
-    with atomic_write(os.path.join(out, 'cls_labels.npy')) as file:
-        np.save(file, labels, allow_pickle=True)
-    write_lines(os.path.join(out, 'class_names.txt'), class_names)
-    for split, names in lists.items():
-        path = os.path.join(out, LIST_FOLDER, split + '.txt')
-        if names:
-            write_lines(path, names)
-        elif os.path.exists(path):
-            os.unlink(path)
-
-
 def main(args):
     check_range(args, 0, 0.9, 'val_share')
     folders = {'--images': args.images} | ({'--masks': args.masks} if args.masks else {})
@@ -232,14 +218,16 @@ def main(args):
     check_out(args.out, MARKER)
     found, columns = read_labels(args)
     class_names = choose_classes(set().union(columns, *found.values()), args)
-    names = name_images(found)
+    names = name_images(found, f'{args.images} (--images)')
     files = {os.path.join(IMG_FOLDER, name + '.jpg'): os.path.join(args.images, path) for name, path in names.items()}
-    masks = {name: os.path.join(args.masks, os.path.splitext(path)[0] + '.png')
-             for name, path in names.items()} if args.masks else {}
-    masks = {name: path for name, path in masks.items() if os.path.isfile(path)}
+    masks = {name: find_mask(args.masks, path) for name, path in names.items()} if args.masks else {}
+    masks = {name: path for name, path in masks.items() if path}
     if args.masks and not masks:
-        raise BadInput(f'no file of {args.masks} (--masks) is the mask of an image; they have the paths of the images, '
+        raise BadInput(f'no file of {args.masks} (--masks) is the mask of an image; they have the names of the images, '
                        'with .png')
+    for name, path in masks.items():
+        if filecmp.cmp(path, os.path.join(args.images, names[name]), shallow=False):
+            raise BadInput(f'{path} (--masks) is the image {names[name]} itself, not its mask')
     files.update({os.path.join(GT_FOLDER, name + '.png'): path for name, path in masks.items()})
     labels = {name: np.array([c in found[path] for c in class_names], np.float32) for name, path in names.items()}
     lists = dict(zip(('train', 'val'), split_names(labels, args.val_share, args.seed)))

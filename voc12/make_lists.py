@@ -7,18 +7,16 @@ A line is `/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`, the form that o
 too; the code here uses the first column only. Lines are sorted by name.
 """
 import argparse
-import collections
 import os
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-# `python voc12/make_lists.py` puts voc12/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(HERE))
+if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
-from tool.files import atomic_write
 from voc12.canonical import CANONICAL, compare_names
-from voc12.lists import ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, load_img_name_list
+from voc12.data_root import write_lines
+from voc12.lists import ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, first_five, get_img_path, read_names, stems
 
 ONE_COLUMN = ('test', 'all_annotated')      # lists of images that have no mask, or not all of them
 
@@ -39,30 +37,9 @@ def get_args_parser():
     parser.add_argument('--all_annotated', action='store_true',
                         help='write all_annotated.txt too: every image with an XML annotation, minus VOC val and test; '
                              'more images than SEAM trained on, so results are not comparable')
-    parser.add_argument('--out_dir', default=HERE, type=str,
+    parser.add_argument('--out_dir', default=os.path.dirname(os.path.abspath(__file__)), type=str,
                         help='folder for the lists (default: the folder of this script)')
     return parser
-
-
-def some(names):
-    """The first five names, for a message."""
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
-
-
-def stems(folder, extension, flag):
-    """Set of the file names in `folder` that end in `extension`, without it. Hidden files do not count."""
-    check_dir(folder, flag)
-    split = [os.path.splitext(name) for name in os.listdir(folder) if not name.startswith('.')]
-    return {stem for stem, found in split if found == extension}
-
-
-def read_names(path, flag):
-    """Set of the names in a list of VOC or SBD; prints the ones that are there twice."""
-    names = load_img_name_list(path, flag)
-    twice = sorted(name for name, count in collections.Counter(names).items() if count > 1)
-    if twice:
-        print(f'{path}: {len(twice)} names more than once, kept once: {some(twice)}')
-    return set(names)
 
 
 def read_sbd(sbd_root):
@@ -75,7 +52,7 @@ def read_sbd(sbd_root):
     if os.path.isdir(os.path.join(folder, 'cls')):
         missing = sorted(names - stems(os.path.join(folder, 'cls'), '.mat', '--sbd_root'))
         if missing:
-            print(f'warning: {len(missing)} names of SBD without a mask in {folder}/cls: {some(missing)}')
+            print(f'warning: {len(missing)} names of SBD without a mask in {folder}/cls: {first_five(missing)}')
     return names
 
 
@@ -105,8 +82,8 @@ def collect_lists(args):
               + (f'; there are masks for --seg_aug {AUG_GT_FOLDER}' if found else ''))
     if args.all_annotated:
         annotated = stems(os.path.join(args.voc12_root, ANNOT_FOLDER), '.xml', '--voc12_root')
-        images = stems(os.path.join(args.voc12_root, IMG_FOLDER), '.jpg', '--voc12_root')
-        lists['all_annotated'] = (annotated & images) - lists['val'] - lists.get('test', set())
+        images = {name for name in annotated if os.path.isfile(get_img_path(name, args.voc12_root))}
+        lists['all_annotated'] = images - lists['val'] - lists.get('test', set())
     for key, names in lists.items():
         if not names:
             raise BadInput(f'nothing is left for {key}.txt: check {split_dir} and {ANNOT_FOLDER} (--voc12_root)')
@@ -116,13 +93,12 @@ def collect_lists(args):
 def write_list(path, names, with_mask):
     """names: sorted list. with_mask: whether the second column is written."""
     lines = [f'/{IMG_FOLDER}/{name}.jpg' + (f' /{AUG_GT_FOLDER}/{name}.png' if with_mask else '') for name in names]
-    with atomic_write(path) as file:
-        file.write(''.join(line + '\n' for line in lines).encode('utf-8'))
+    write_lines(path, lines)
 
 
 def main(args):
     check_dir(args.voc12_root, '--voc12_root')
-    images = stems(os.path.join(args.voc12_root, IMG_FOLDER), '.jpg', '--voc12_root')
+    check_dir(os.path.join(args.voc12_root, IMG_FOLDER), '--voc12_root')
     lists = collect_lists(args)      # all of them before the first is written: an error leaves the old ones
     make_dir(args.out_dir, '--out_dir')
     for key, names in lists.items():
@@ -131,9 +107,9 @@ def main(args):
         write_list(path, names, with_mask=key not in ONE_COLUMN)
         verdict = compare_names(names, key) if key in CANONICAL else 'a list that SEAM did not use'
         print(f'{path}: {len(names)} names, {verdict}')
-        missing = [name for name in names if name not in images]
+        missing = [name for name in names if not os.path.isfile(get_img_path(name, args.voc12_root))]
         if missing:
-            print(f'{path}: warning: {len(missing)} names without an image in {IMG_FOLDER}: {some(missing)}')
+            print(f'warning: {path}: {len(missing)} names without an image in {IMG_FOLDER}: {first_five(missing)}')
 
 
 if __name__ == '__main__':

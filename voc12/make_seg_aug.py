@@ -4,7 +4,7 @@
 
 The images are those of VOC train and val and of SBD train and val, 12,031 in all. Where VOC has a mask, that one is
 copied, with its borders of 255; the other masks are SBD's, which have no borders. `make_lists.py --seg_aug
-SegmentationClassAug` makes train_aug.txt from the folder. A run that was stopped goes on where it was.
+SegmentationClassAug` makes train_aug.txt from the folder.
 """
 import argparse
 import collections
@@ -16,16 +16,15 @@ import sys
 import numpy as np
 from scipy.io import loadmat
 
-# `python voc12/make_seg_aug.py` puts voc12/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, make_dir
 from tool.files import atomic_write
 from tool.image_files import IGNORE, read_label_map, save_label_map
 from tool.workers import parallel_map
 from voc12.canonical import compare_names
-from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER
-from voc12.make_lists import read_names, stems
+from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, read_names, stems
 
 NUM_CLASSES = len(CAT_LIST)        # SBD has VOC's classes, in VOC's order
 
@@ -42,8 +41,9 @@ def get_args_parser():
                         help=f'folder for the masks (default: {AUG_GT_FOLDER} in --voc12_root)')
     parser.add_argument('--num_workers', default=8, type=int,
                         help='processes, at most one a core; 0 works in the main one (default: %(default)s)')
-    parser.add_argument('--overwrite', action='store_true',
-                        help='write the masks again that are already in --out; without it they are left as they are')
+    parser.add_argument('--resume', action='store_true',
+                        help='leave the masks that are already in --out as they are, to go on with a run that was '
+                             'stopped')
     return parser
 
 
@@ -116,7 +116,7 @@ def main(args):
     make_dir(out, '--out')
 
     # a mask gets its name when it is complete, so one that is there needs no check
-    there = set() if args.overwrite else stems(out, '.png', '--out')
+    there = stems(out, '.png', '--out') if args.resume else set()
     todo = [path for name, path in sources.items() if name not in there]
     written = collections.Counter(parallel_map(functools.partial(write_mask, out=out), todo, args.num_workers, 'masks'))
     print(f'{out}: {written[".mat"]} masks converted from SBD, {written[".png"]} copied from VOC, '

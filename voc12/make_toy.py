@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-# `python voc12/make_toy.py` puts voc12/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, exit_on_bad_input, make_dir
 from tool.files import atomic_write

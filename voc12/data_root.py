@@ -1,0 +1,84 @@
+"""Writing a data root of VOC's layout, for make_custom.py and make_coco.py."""
+import filecmp
+import os
+import re
+import shutil
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from tool.cli import BadInput, make_dir
+from tool.files import atomic_write
+from voc12.lists import GT_FOLDER
+
+LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')      # of images, in any capitals
+
+
+def name_images(paths, source):
+    """dict NAME -> image path, sorted by NAME: the file name without extension, with _ for blanks, dots and the like.
+    source: where the paths are from, for the message. Raises BadInput for two images of one NAME."""
+    names = {}
+    for path in sorted(paths):
+        name = re.sub(r'[^\w-]', '_', os.path.splitext(os.path.basename(path))[0])
+        if name in names:
+            raise BadInput(f'{source}: {names[name]} and {path} would both be the image {name}; rename one')
+        names[name] = path
+    return dict(sorted(names.items()))
+
+
+def check_out(out, marker):
+    """Raises BadInput unless the folder `out` is new, empty, or one of ours, which has the file `marker`."""
+    if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, marker)):
+        raise BadInput(f'{out} was not made by this script; name an empty or new folder (--out)')
+
+
+def write_lines(path, lines):
+    with atomic_write(path) as file:
+        file.write(''.join(line + '\n' for line in lines).encode('utf-8'))
+
+
+def place_file(source, target, copy):
+    """Makes `target` a link to the file `source`, or a copy where that is asked for or links are not possible.
+    An older link is replaced. Raises BadInput for another file in the way, which may be the user's."""
+    if os.path.islink(target):
+        os.unlink(target)
+    elif os.path.exists(target):
+        if not filecmp.cmp(source, target, shallow=False):
+            raise BadInput(f'{target} (--out) is no copy of {source}; move it away, or name another folder')
+        return
+    if not copy:
+        try:
+            os.symlink(os.path.abspath(source), target)
+            return
+        except OSError:
+            pass                   # a file system or an account that has no links
+    with open(source, 'rb') as original, atomic_write(target) as file:
+        shutil.copyfileobj(original, file)
+
+
+def write_root(out, marker, files, labels, class_names, lists, copy=False):
+    """Writes a data root, the lists last. Images of earlier runs that no list names any more stay, links to masks go.
+
+    files: dict path in `out` -> path of the file to link to. labels: dict NAME -> float32 (C,). lists: dict 'train' or
+    'val' -> names; an empty list is not written.
+    """
+    for folder in sorted({LIST_FOLDER, *map(os.path.dirname, files)}):
+        make_dir(os.path.join(out, folder), '--out')
+    write_lines(os.path.join(out, marker), [f'made by voc12/{os.path.basename(sys.argv[0])}'])
+    gt_dir = os.path.join(out, GT_FOLDER)
+    for file in os.listdir(gt_dir) if os.path.isdir(gt_dir) else ():
+        if os.path.islink(os.path.join(gt_dir, file)) and os.path.join(GT_FOLDER, file) not in files:
+            os.unlink(os.path.join(gt_dir, file))
+    for target, source in tqdm(files.items(), desc='links', disable=None):
+        place_file(source, os.path.join(out, target), copy)
+    with atomic_write(os.path.join(out, 'cls_labels.npy')) as file:
+        np.save(file, labels, allow_pickle=True)
+    write_lines(os.path.join(out, 'class_names.txt'), class_names)
+    for split, names in lists.items():
+        path = os.path.join(out, LIST_FOLDER, split + '.txt')
+        if names:
+            write_lines(path, names)
+        elif os.path.exists(path):
+            os.unlink(path)
