@@ -91,16 +91,16 @@ class SEAMHead(Network):
         cam = F.interpolate(cam, (h, w), mode='bilinear', align_corners=True).flatten(2)   # (N, 1+C, hw)
         f = self.f9(f).flatten(2).to(cam.dtype)                                            # (N, D', hw)
         f = f / (f.norm(dim=1, keepdim=True) + 1e-5)
-        # sums of hw products stay below the 65,504 of fp16; a power of two leaves the digits of float32 as they are
-        scale = 2.0 ** min(15 - (h * w).bit_length(), 0)
         # in blocks of columns: without a gradient the hw x hw affinities are never all there
         block = h * w if torch.is_grad_enabled() else max(PCM_BYTES // (n * h * w * f.element_size()), 1)
-        means = [weighted_mean(cam * scale, f, columns) for columns in f.split(block, dim=2)]
-        return (torch.cat(means, dim=2) / scale).view(n, -1, h, w)
+        return torch.cat([weighted_mean(cam, f, columns) for columns in f.split(block, dim=2)], dim=2).view(n, -1, h, w)
 
 
 def weighted_mean(cam, f, columns):
-    """cam: (N, 1+C, hw), f: unit vectors (N, D, hw), columns: some of them, (N, D, b). Returns (N, 1+C, b)."""
+    """cam: in 0..1, (N, 1+C, hw), f: unit vectors (N, D, hw), columns: some of them, (N, D, b). Returns (N, 1+C, b)."""
     affinity = (f.transpose(1, 2) @ columns).relu_()                                       # (N, hw, b)
+    total = affinity.sum(dim=1, keepdim=True, dtype=cam.dtype) + 1e-5
+    # keeps the sums below the 65,504 of fp16; a power of two leaves the digits of float32 as they are
+    scale = 2.0 ** min(15 - cam.shape[2].bit_length(), 0)
     # dividing after the product leaves the affinities uncopied
-    return (cam @ affinity) / (affinity.sum(dim=1, keepdim=True, dtype=cam.dtype) + 1e-5)
+    return (cam * scale @ affinity) / total / scale
