@@ -13,26 +13,24 @@ class Network(nn.Module):
 
     A backbone is a subclass of Network with
       channels: dict, the widths of its feature maps, {'conv4': ..., 'conv5': ..., 'conv6': ...};
-      not_training: list of the layers that stay frozen, none unless its constructor sets it;
+      not_training: list of the layers that stay frozen; none without it;
       forward_as_dict(x): normalised images (N, 3, H, W) -> dict of the feature maps conv4, conv5 and conv6, each
-        (N, its channels, h, w) after its activation, with one h and w, whatever they are.
-    Calls of a layer as `self.run(layer, x)` save memory with `checkpointing`.
+        (N, its channels, h, w) after its activation, all of one h and w, whatever they are.
+    Layers that it calls by `self.run(layer, x)` take less memory with `checkpointing`.
 
-    A head (`SEAMHead` in network/seam.py, `AffinityHead` in network/affinity.py) reads `channels` and adds its layers.
-    The options of its constructor, which nothing else changes:
+    A head (`SEAMHead` in network/seam.py, `AffinityHead` in network/affinity.py) reads `channels`, adds its layers and
+    has `forward`, `new_heads` and `classifier`; the scripts also use `fc8`, `class_maps` and `PCM` of SEAM's and
+    `radius` of AffinityNet's. Its constructor takes these options, which nothing changes afterwards:
       train_bn: train the norms and the `not_training` layers too. Without it they are frozen in either mode, as in
         the reference;
-      checkpointing: keep the inputs of `run` alone while training, and compute the rest again in the backward pass:
-        less memory, more time;
+      checkpointing: while training, keep the inputs of `run` alone and compute the rest again in the backward pass:
+        less memory, a fifth more operations;
       dropout: factor on all dropout rates.
     """
     new_heads = ()      # state-dict names of the weights that the head adds to the backbone, in module order
     classifier = ()     # those of them whose shape follows from the number of classes
-
-    def __init__(self):
-        super().__init__()
-        self.not_training = []
-        self.train_bn = self.checkpointing = False
+    not_training = ()
+    train_bn = checkpointing = False
 
     def set_options(self, train_bn, checkpointing, dropout):
         """For constructors, once all layers are there."""
@@ -42,7 +40,7 @@ class Network(nn.Module):
                 module.p *= dropout
 
     def run(self, layer, x):
-        """layer(x)"""
+        """layer(x), whose insides are not kept with `checkpointing`. x: a tensor."""
         if self.checkpointing and x.requires_grad:
             return checkpoint(layer, x, use_reentrant=False)
         return layer(x)

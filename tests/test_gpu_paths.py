@@ -10,7 +10,6 @@ import train_SEAM
 from network import resnet38_aff, resnet38_SEAM, seam, slim_aff, slim_SEAM
 from tool import devices
 from tool.affinity_pairs import fit_radius
-from tool.cli import BadInput
 
 fake_tensor = pytest.importorskip('torch._subclasses.fake_tensor')
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='a real GPU does this better')
@@ -99,9 +98,3 @@ def test_batches_spread_over_all_visible_gpus_unless_one_is_named(monkeypatch, n
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
     net = torch.nn.Linear(1, 1)
     assert isinstance(devices.parallel(net, torch.device(name)), torch.nn.DataParallel) == wrapped
-
-
-def test_bf16_on_several_gpus_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    with pytest.raises(BadInput, match='--amp bf16'):
-        devices.parallel(torch.nn.Linear(1, 1), torch.device('cuda'), 'bf16')
