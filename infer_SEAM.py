@@ -181,8 +181,8 @@ def main(args):
                                  inter_transform=transforms.Compose([np.asarray, imutils.normalize,
                                                                      imutils.HWC_to_CHW]),
                                  cls_labels=args.cls_labels, class_names=class_names)
-    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names))
-    net.pcm = args.pcm == 'on' and args.map == 'cam_rv'
+    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names),
+                                                  pcm=args.pcm == 'on' and args.map == 'cam_rv')
     load_weights(net, args.weights)
     # faster on a CPU, by a fifth; not measured on GPUs
     net.eval().to(device, memory_format=torch.channels_last if device.type == 'cpu' else torch.contiguous_format)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
-from network.resnet38_SEAM import suppress_weaker_classes
+from network.seam import suppress_weaker_classes
 from network.weights import load_weights
 from tool import imutils, visualization
 from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network
@@ -283,12 +283,10 @@ def main(args):
     max_step = epoch_steps * args.max_epoches
 
     # ----- network and optimizer -----
-    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names))
-    net.train_bn, net.checkpointing = args.train_bn, args.checkpointing
-    net.pcm = args.pcm == 'on' and not args.classifier_only
-    for module in net.modules():
-        if isinstance(module, torch.nn.Dropout2d):
-            module.p *= args.dropout
+    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names),
+                                                  pcm=args.pcm == 'on' and not args.classifier_only,
+                                                  train_bn=args.train_bn, checkpointing=args.checkpointing,
+                                                  dropout=args.dropout)
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},

@@ -115,7 +115,7 @@ def main(args):
         use_deterministic()
 
     # ----- data -----
-    net = import_network(args.network, 'radius').Net()
+    net = import_network(args.network, 'radius').Net(checkpointing=args.checkpointing)
     dataset = VOC12AffDataset(
         args.train_list, label_la_dir=args.la_crf_dir, label_ha_dir=args.ha_crf_dir,
         cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius, num_classes=len(class_names),
@@ -130,7 +130,6 @@ def main(args):
     max_step = epoch_steps * args.max_epoches
 
     # ----- network and optimizer -----
-    net.checkpointing = args.checkpointing
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},

@@ -1,70 +1,7 @@
-"""AffinityNet (Ahn and Kwak, CVPR 2018) on ResNet38: how alike are two pixels at most `radius` apart?"""
-import torch
-import torch.nn.functional as F
-from torch import nn
-
+"""AffinityNet on ResNet38."""
 from network import resnet38d
-from tool.affinity_pairs import fit_radius, pair_indices, pair_offsets
+from network.affinity import AffinityHead
 
 
-def pairwise_affinity(x, radius):
-    """x: embeddings (N, C, h, w) -> affinities (N, offsets, from), each exp(-mean |difference|) in (0, 1].
-
-    Offsets are those of `pair_offsets(radius)`. "From" pixels, in row-major order, are all that have every
-    neighbour inside the map: no columns within radius-1 of the left and right border, no last radius-1 rows.
-    """
-    n, _, h, w = x.shape
-    reach = radius - 1
-    rows, columns = h - reach, w - 2 * reach
-    start = x[:, :, :rows, reach:reach + columns]
-    affinities = [torch.exp(-(x[:, :, dy:dy + rows, reach + dx:reach + dx + columns] - start).abs().mean(dim=1))
-                  for dy, dx in pair_offsets(radius)]                       # each (N, rows, columns)
-    if not affinities:      # radius 1: every pixel is alone
-        return x.new_zeros(n, 0, rows * columns)
-    return torch.stack(affinities, dim=1).flatten(2)
-
-
-def to_dense_matrix(aff, h, w, radius):
-    """aff: (1, offsets, from) of an h x w map -> symmetric (hw, hw), unit diagonal, 0 for pixels that form no pair."""
-    if len(aff) != 1:
-        raise ValueError(f'a dense matrix is made for one image at a time, not {len(aff)}')
-    ind_from, ind_to = (torch.from_numpy(index).to(aff.device) for index in pair_indices(h, w, radius))
-    matrix = torch.eye(h * w, dtype=aff.dtype, device=aff.device)
-    ind_from = ind_from.expand_as(ind_to)                                  # both (offsets, from)
-    matrix[ind_from, ind_to] = aff[0]
-    matrix[ind_to, ind_from] = aff[0]
-    return matrix
-
-
-class Net(resnet38d.Net):
-    """AffinityNet. Pairs are pixels of the feature map less than `radius` apart."""
-    new_heads = ('f8_3.weight', 'f8_4.weight', 'f8_5.weight', 'f9.weight')
-    radius = 5
-
-    def __init__(self, width=64):
-        super().__init__(width)
-        self.f8_3 = nn.Conv2d(8 * width, width, 1, bias=False)
-        self.f8_4 = nn.Conv2d(16 * width, 2 * width, 1, bias=False)
-        self.f8_5 = nn.Conv2d(64 * width, 4 * width, 1, bias=False)
-        self.f9 = nn.Conv2d(7 * width, 7 * width, 1, bias=False)
-        nn.init.kaiming_normal_(self.f8_3.weight)
-        nn.init.kaiming_normal_(self.f8_4.weight)
-        nn.init.kaiming_normal_(self.f8_5.weight)
-        nn.init.xavier_uniform_(self.f9.weight, gain=4)
-        self.not_training = [self.conv1a, self.b2, self.b2_1, self.b2_2]
-
-    def forward(self, x, to_dense=False):
-        """x: normalised images (N, 3, H, W), sides of the feature map h = ceil(H/8), w = ceil(W/8).
-
-        Returns affinities (N, offsets, from) as `pairwise_affinity`, or with to_dense (N = 1 only) the
-        (hw, hw) matrix. The radius shrinks where the map is small: see `fit_radius`.
-        """
-        features = self.forward_as_dict(x)
-        f = torch.cat([F.elu(self.f8_3(features['conv4'])),
-                       F.elu(self.f8_4(features['conv5'])),
-                       F.elu(self.f8_5(features['conv6']))], dim=1)        # (N, 7 width, h, w)
-        f = F.elu(self.f9(f))
-        h, w = f.shape[2:]
-        radius = fit_radius(h, w, self.radius)
-        aff = pairwise_affinity(f, radius)
-        return to_dense_matrix(aff, h, w, radius) if to_dense else aff
+class Net(AffinityHead, resnet38d.Net):
+    """See `AffinityHead`."""

@@ -7,8 +7,8 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from network.base import Network
 from tool import mxnet_params
 
 
@@ -64,15 +64,8 @@ class ResBlock_bot(nn.Module):
         return x.add_(self.conv_branch1(activated)), activated
 
 
-class Net(nn.Module):
-    """The backbone. `width` is the number of channels after the first convolution: 64 in the paper's network.
-
-    Batch norm and the layers in `not_training` stay frozen, whatever mode the network is in, as in the
-    reference; with `train_bn` set (before the optimizer is built) neither is. With `checkpointing`, training keeps
-    the input of each block alone and computes the rest again in the backward pass: less memory, more time.
-    """
-    new_heads = ()      # state-dict names that a subclass adds to the backbone, in module order
-    classifier = ()     # those of them whose shape follows from the number of classes
+class Net(Network):
+    """The backbone. `width` is the number of channels after the first convolution: 64 in the paper's network."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -96,9 +89,8 @@ class Net(nn.Module):
         self.b6 = ResBlock_bot(16 * w, 32 * w, dilation=4, dropout=0.3)
         self.b7 = ResBlock_bot(32 * w, 64 * w, dilation=4, dropout=0.5)
         self.bn7 = nn.BatchNorm2d(64 * w)
-        self.not_training = [self.conv1a]
-        self.train_bn = False
-        self.checkpointing = False
+        self.channels = {'conv3': 4 * w, 'conv4': 8 * w, 'conv5': 16 * w, 'conv6': 64 * w}
+        self.not_training = [self.conv1a, self.b2, self.b2_1, self.b2_2]
 
     def forward(self, x):
         """x: normalised images (N, 3, H, W). Returns conv6 (N, 64 width, ceil(H/8), ceil(W/8)), >= 0."""
@@ -110,53 +102,25 @@ class Net(nn.Module):
         conv3 (N, 4 width, ceil(H/4), ceil(W/4)); conv4 (N, 8 width, h, w), conv5 (N, 16 width, h, w) and
         conv6 (N, 64 width, h, w) with h = ceil(H/8), w = ceil(W/8).
         """
-        def run(block, x):
-            if self.checkpointing and x.requires_grad:
-                return checkpoint(block, x, use_reentrant=False)
-            return block(x)
-
         x = self.conv1a(x)
         for block in (self.b2, self.b2_1, self.b2_2, self.b3, self.b3_1, self.b3_2):
-            x, _ = run(block, x)
-        x, conv3 = run(self.b4, x)
+            x, _ = self.run(block, x)
+        x, conv3 = self.run(self.b4, x)
         for block in (self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5):
-            x, _ = run(block, x)
-        x, conv4 = run(self.b5, x)
+            x, _ = self.run(block, x)
+        x, conv4 = self.run(self.b5, x)
         for block in (self.b5_1, self.b5_2):
-            x, _ = run(block, x)
-        x, conv5 = run(self.b6, x)
-        x, _ = run(self.b7, x)
+            x, _ = self.run(block, x)
+        x, conv5 = self.run(self.b6, x)
+        x, _ = self.run(self.b7, x)
         return {'conv3': conv3, 'conv4': conv4, 'conv5': conv5, 'conv6': F.relu_(self.bn7(x))}
 
-    def train(self, mode=True):
-        """Sets the mode, then freezes batch norm and the `not_training` layers again. Returns self."""
-        super().train(mode)
-        if self.train_bn:
-            return self
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-                module.requires_grad_(False)
-        for layer in self.not_training:
-            layer.requires_grad_(False)
-        return self
 
-    def get_parameter_groups(self):
-        """Four lists for the optimizer: backbone weights, backbone biases, new-head weights, new-head biases.
+class SlimNet(Net):
+    """The backbone at a quarter of the width."""
 
-        As in the reference, frozen convolutions are in the first list (without a gradient they never
-        move) and batch norm is in none. With `train_bn`, its gains and shifts join the second list.
-        """
-        groups = ([], [], [], [])
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d):
-                new = 2 if name + '.weight' in self.new_heads else 0
-                groups[new].append(module.weight)
-                if module.bias is not None:
-                    groups[new + 1].append(module.bias)
-            elif isinstance(module, nn.BatchNorm2d) and self.train_bn:
-                groups[1].extend((module.weight, module.bias))
-        return groups
+    def __init__(self):
+        super().__init__(width=16)
 
 
 # ----- names of the MXNet ImageNet file -----

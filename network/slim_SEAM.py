@@ -1,9 +1,7 @@
 """SEAM at a quarter of the width (6.6 million parameters), for the demo, tests and small machines."""
-from network import resnet38_SEAM
+from network import resnet38d
+from network.seam import SEAMHead
 
 
-class Net(resnet38_SEAM.Net):
-    """As `resnet38_SEAM.Net`, 16 channels after the first convolution."""
-
-    def __init__(self, num_classes=resnet38_SEAM.NUM_CLASSES):
-        super().__init__(num_classes, width=16)
+class Net(SEAMHead, resnet38d.SlimNet):
+    """See `SEAMHead`."""

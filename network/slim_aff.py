@@ -1,9 +1,7 @@
 """AffinityNet at a quarter of the width, for the demo, tests and small machines."""
-from network import resnet38_aff
+from network import resnet38d
+from network.affinity import AffinityHead
 
 
-class Net(resnet38_aff.Net):
-    """As `resnet38_aff.Net`, 16 channels after the first convolution."""
-
-    def __init__(self):
-        super().__init__(width=16)
+class Net(AffinityHead, resnet38d.SlimNet):
+    """See `AffinityHead`."""

@@ -316,17 +316,15 @@ def test_large_views_go_one_by_one_to_the_same_maps(net, monkeypatch):
 def test_pcm_in_blocks_equals_pcm_at_once(net, monkeypatch):
     x = torch.randn(2, 3, 64, 80)
     whole = net(x)[1].detach()
-    from network import resnet38_SEAM
-    monkeypatch.setattr(resnet38_SEAM, 'PCM_BYTES', 4 * 2 * 80 * 7)     # seven columns at a time
+    from network import seam
+    monkeypatch.setattr(seam, 'PCM_BYTES', 4 * 2 * 80 * 7)     # seven columns at a time
     with torch.no_grad():
         assert torch.allclose(net(x)[1], whole, rtol=1e-5, atol=1e-6)
 
 
-def test_no_pcm_gives_the_plain_map_twice(net):
-    net.pcm = False
+def test_no_pcm_gives_the_plain_map_twice():
     with torch.no_grad():
-        cam, cam_rv = net(torch.randn(1, 3, 32, 32))
-    net.pcm = True
+        cam, cam_rv = slim_SEAM.Net(pcm=False).eval()(torch.randn(1, 3, 32, 32))
     assert torch.equal(cam, cam_rv)
 
 

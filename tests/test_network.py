@@ -7,7 +7,7 @@ import torch
 
 from conftest import GOLDEN, close, golden
 from fill_weights import checksum
-from network import resnet38_SEAM, resnet38_aff, resnet38d, slim_SEAM, slim_aff
+from network import resnet38_SEAM, resnet38_aff, resnet38d, seam, slim_SEAM, slim_aff
 from tool.affinity_pairs import fit_radius, pair_indices
 
 
@@ -61,7 +61,7 @@ def test_backbone_taps(seam_net):
 @torch.no_grad()
 def test_pcm_alone_and_its_input(seam_net):
     g = golden('g01_seam_forward')
-    close(resnet38_SEAM.normalize_cam_for_pcm(tensor(g['fc8_out'])), g['pcm_in_cam_d_norm'], 1e-4)
+    close(seam.normalize_cam_for_pcm(tensor(g['fc8_out'])), g['pcm_in_cam_d_norm'], 1e-4)
     close(seam_net.PCM(tensor(g['pcm_in_cam_d_norm']), tensor(g['pcm_in_f'])), g['pcm_out'], 1e-4)
 
 
@@ -116,9 +116,7 @@ def test_mode_switch_freezes_and_returns_the_network(mode):
 
 
 def test_train_bn_frees_batch_norm_and_early_layers():
-    net = slim_SEAM.Net()
-    net.train_bn = True
-    net.train()
+    net = slim_SEAM.Net(train_bn=True).train()
     assert all(parameter.requires_grad for parameter in net.parameters())
     assert net.bn7.training
     grouped = {id(p) for group in net.get_parameter_groups() for p in group}

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import infer_SEAM
 import train_SEAM
 from conftest import GOLDEN, close, filled, golden
-from network.resnet38_SEAM import Net, suppress_weaker_classes
+from network.resnet38_SEAM import Net
+from network.seam import suppress_weaker_classes
 from tool import crf, imutils, visualization
 from tool.torchutils import PolyOptimizer
 

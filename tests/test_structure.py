@@ -3,12 +3,11 @@ import ast
 import glob
 import importlib
 import os
-import subprocess
-import sys
 
 import pytest
 
 from conftest import ROOT
+from test_scripts import refused, run, shell
 
 SCRIPTS = ('train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'evaluation')
 # what a folder may import of ours; the scripts may import all three
@@ -104,11 +103,39 @@ def test_max_epochs_in_both_spellings():
         assert parser_of('train_SEAM').parse_args([spelling, '3']).max_epoches == 3
 
 
-@pytest.mark.parametrize('script', SCRIPTS + (
-    'voc12/make_toy', 'voc12/make_lists', 'voc12/make_cls_labels', 'voc12/make_seg_aug', 'voc12/make_coco',
-    'voc12/make_custom', 'voc12/check'))
-def test_help_from_any_folder(script, tmp_path):
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script + '.py'), '--help'], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith('usage:') and not done.stderr
+# ----- what every command promises -----
+
+COMMANDS = sorted(path[len(ROOT) + 1:-3] for folder in ('', 'tool', 'voc12')
+                  for path in glob.glob(os.path.join(ROOT, folder, '*.py')) if '__main__' in open(path).read())
+# flags of which the last names a file or a folder that is not there; those of voc12/ are in test_voc12_commands.py
+NOT_THERE = {
+    'train_SEAM': '--train_list nowhere.txt',
+    'infer_SEAM': '--out_cam cam --weights nowhere.pth',
+    'train_aff': '--la_crf_dir . --ha_crf_dir nowhere',
+    'infer_aff': '--cam_dir . --weights nowhere.pth',
+    'evaluation': '--comment x --predict_dir . --gt_dir . --list nowhere.txt',
+    'tool/report': 'table --logfile nowhere.log',
+    'tool/tables': '--list nowhere.txt',
+    'tool/visualization': '--voc12_root . --out x.png --list nowhere.txt',
+}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_from_any_folder(command, tmp_path):
+    shown = shell(tmp_path, command, '--help')
+    assert shown.returncode == 0 and shown.stdout.startswith('usage:') and not shown.stderr
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_wrong_flag_is_refused_in_one_line_below_the_usage(command, tmp_path):
+    result = run(tmp_path, command, '--nonsense', '1')
+    assert refused(result, 'error:') and result.stderr.startswith('usage:') and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('command', sorted(command for command in COMMANDS if not command.startswith('voc12/')))
+def test_missing_file_is_refused_in_one_line_that_names_it_and_its_flag(command, tmp_path):
+    *_, flag, path = flags = NOT_THERE[command].split()
+    result = run(tmp_path, command, *flags)
+    refused(result, 'error:', flag, path)
+    assert len(result.stderr.splitlines()) == 1 and not os.listdir(tmp_path)

@@ -89,12 +89,12 @@ def calibrate_batch_norm(net, batches):
     """
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     net.eval()
-    momentum = norms[0].momentum
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None            # a plain mean over the batches
         norm.train()
     for batch in batches:
         net(batch)
-    for norm in norms:
+    for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +24,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import evaluation
 import infer_aff
 import infer_SEAM
 import train_SEAM
-from network import resnet38_SEAM, resnet38_aff
+from network import resnet38_SEAM
+from network.affinity import AffinityHead, to_dense_matrix
+from network.seam import NUM_CLASSES, normalize_cam_for_pcm
 from tool import crf, image_files, imutils, score_files
 from tool.affinity_pairs import pair_indices
 from tool.cli import exit_on_bad_input
@@ -44,8 +44,7 @@ from tool.workers import BoundedPool, available_cores
 from voc12.data import STRIDE, VOC12AffDataset, fuse_crf_labels
 
 CLASSES = [8, 14]               # of every image
-NUM_CLASSES, RADIUS = resnet38_SEAM.NUM_CLASSES, resnet38_aff.Net.radius
-CROP, ALPHAS = 448, (4, 24)
+RADIUS, CROP, ALPHAS = AffinityHead.radius, 448, (4, 24)
 HAS_PEAK = os.access('/proc/self/clear_refs', os.W_OK) and platform.libc_ver()[0] == 'glibc'
 
 
@@ -148,10 +147,10 @@ def write_files(root, count, h, w):
     return names
 
 
-def seam_net(args, memory_format=torch.contiguous_format):
+def seam_net(args, memory_format=torch.contiguous_format, checkpointing=False):
     """SEAM with random weights, always the same, that a signal gets through."""
     set_seed(0)
-    net = resnet38_SEAM.Net(width=args.width)
+    net = resnet38_SEAM.Net(checkpointing=checkpointing, width=args.width)
     calibrate_batch_norm(net, [torch.stack([normalized(96, 96), normalized(96, 96, 1)])])
     return net.eval().to(args.device, memory_format=memory_format)
 
@@ -161,7 +160,7 @@ def seam_net(args, memory_format=torch.contiguous_format):
 def reference_walk(scores, aff, beta, logt):
     """All classes, with the dense matrix, squared logt times."""
     _, h, w = scores.shape
-    matrix = resnet38_aff.to_dense_matrix(aff, h, w, RADIUS) ** beta
+    matrix = to_dense_matrix(aff, h, w, RADIUS) ** beta
     matrix = matrix / matrix.sum(dim=0, keepdim=True)
     for _ in range(logt):
         matrix = matrix @ matrix
@@ -244,7 +243,7 @@ def reference_maps(net, x):
     f = f / (f.norm(dim=1, keepdim=True) + 1e-5)
     affinity = F.relu(f.transpose(1, 2) @ f)                                        # (N, hw, hw)
     affinity = affinity / (affinity.sum(dim=1, keepdim=True) + 1e-5)
-    refined = (resnet38_SEAM.normalize_cam_for_pcm(cam).flatten(2) @ affinity).view_as(cam)
+    refined = (normalize_cam_for_pcm(cam).flatten(2) @ affinity).view_as(cam)
     return [F.interpolate(maps, x.shape[2:], mode='bilinear', align_corners=True) for maps in (cam, refined)]
 
 
@@ -278,20 +277,19 @@ def bench_train(args):
     img = torch.stack([normalized(h, w, number) for number in range(n)]).to(args.device)
     label = torch.isin(torch.arange(NUM_CLASSES), torch.tensor(CLASSES)).float().expand(n, -1).to(args.device)
 
-    def make(memory_format):
+    def make(memory_format=torch.contiguous_format, checkpointing=False):
         """A network and its optimizer, with SGD's buffers. The learning rate of 0 keeps the steps alike."""
-        net = seam_net(args, memory_format).train()
+        net = seam_net(args, memory_format, checkpointing).train()
         weights = [weight for weight in net.parameters() if weight.requires_grad]
         optimizer = PolyOptimizer([{'params': weights, 'weight_decay': 5e-4}], lr=0, weight_decay=5e-4, max_step=1)
         for weight in weights:
             optimizer.state[weight]['momentum_buffer'] = torch.zeros_like(weight)
         return net, optimizer
 
-    def step(net, optimizer, amp=None, tf32=False, checkpointing=False):
+    def step(net, optimizer, amp=None, tf32=False):
         """One step, in the reference's way unless `amp` is given; returns the parts of the loss."""
         get_device(args.device.type, tf32)
         set_seed(0)             # dropout
-        net.checkpointing = checkpointing
         if amp:
             flags = train_SEAM.get_args_parser().parse_args(['--amp', amp])
             terms = train_SEAM.forward_losses(net, img, label, flags)[0]
@@ -304,11 +302,11 @@ def bench_train(args):
         optimizer.step()
         optimizer.zero_grad()
         return torch.stack([term.detach() for term in terms.values()])
-    plain, last = make(torch.contiguous_format), make(torch.channels_last)
+    plain, last = make(), make(torch.channels_last)
     ways = {name + end: functools.partial(step, *made, amp, tf32)
             for name, amp, tf32 in (('float32', 'off', False), ('tf32', 'off', True), ('bf16', 'bf16', False))
             for end, made in (('', plain), (', channels_last', last)) if args.on_gpu or name == 'float32'}
-    ways['float32, checkpointing'] = functools.partial(step, *plain, 'off', checkpointing=True)
+    ways['float32, checkpointing'] = functools.partial(step, *make(checkpointing=True), 'off')
     compare('train', f'{n} x {h}x{w}, width {args.width}', lambda: step(*plain), ways, args, n, slow=args.slow)
 
 
@@ -342,18 +340,8 @@ def bench_aff_data(args, files=8):
                 {'dataset': lambda: run(lambda number: dataset[number][2])}, args, files)
 
 
-def bench_start(args):
-    def run(*argv):
-        subprocess.run([sys.executable, *argv], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return 0
-    for script in ('train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'evaluation'):
-        compare('start', f'{script}.py --help',     # the reference parses after all imports
-                functools.partial(run, '-c', f'import {script}; {script}.get_args_parser().print_help()'),
-                {'parser first': functools.partial(run, script + '.py', '--help')}, args, apart=True)
-
-
 STAGES = {'walk': bench_walk, 'curve': bench_curve, 'crf': bench_crf, 'cam': bench_cam, 'train': bench_train,
-          'aff_data': bench_aff_data, 'start': bench_start}
+          'aff_data': bench_aff_data}
 
 
 def cpu_name():

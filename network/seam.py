@@ -1,0 +1,106 @@
+"""SEAM's head: classifier and pixel correlation module (PCM), on any backbone of network/base.py."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from network.base import Network
+
+NUM_CLASSES = 20        # of VOC
+PCM_BYTES = 2 ** 26     # what PCM's affinities may take at a time where no gradient is wanted
+
+
+def suppress_weaker_classes(cam):
+    """cam: (N, 1+C, h, w), channel 0 background. Sets every foreground value below the pixel's foreground
+    maximum to 0; ties all survive, the background is untouched. Returns a new tensor."""
+    foreground = cam[:, 1:]
+    strongest = foreground.amax(dim=1, keepdim=True)
+    return torch.cat([cam[:, :1], foreground.masked_fill(foreground != strongest, 0)], dim=1)
+
+
+def normalize_cam_for_pcm(cam):
+    """The map that PCM refines: scores (N, 1+C, h, w), any sign -> values in [0, 1], no gradient.
+
+    Foreground: relu(relu(cam) - 1e-5) / (max over the map + 1e-5); background := 1 - the largest
+    foreground value (the learned background is discarded); then only each pixel's strongest classes stay.
+    """
+    cam = F.relu(cam.detach())
+    maximum = cam.amax(dim=(2, 3), keepdim=True) + 1e-5
+    cam = F.relu(cam - 1e-5) / maximum
+    background = 1 - cam[:, 1:].amax(dim=1, keepdim=True)
+    return suppress_weaker_classes(torch.cat([background, cam[:, 1:]], dim=1))
+
+
+class SEAMHead(Network):
+    """`num_classes` foreground classes; channel 0 of every output is the background. Without `pcm` the refined map
+    is the raw one, and f8_3, f8_4 and f9 are idle. The other options: see `Network`."""
+    classifier = ('fc8.weight',)
+    new_heads = (*classifier, 'f8_3.weight', 'f8_4.weight', 'f9.weight')
+
+    def __init__(self, num_classes=NUM_CLASSES, pcm=True, train_bn=False, checkpointing=False, dropout=1.0, **backbone):
+        """backbone: what the constructor of the backbone takes, such as ResNet38's `width`."""
+        super().__init__(**backbone)
+        conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
+        narrow4, narrow5 = max(conv4 // 8, 1), max(conv5 // 8, 1)       # 64 and 128 on ResNet38, as in the paper
+        self.dropout7 = nn.Dropout2d(0.5)
+        self.fc8 = nn.Conv2d(conv6, 1 + num_classes, 1, bias=False)
+        self.f8_3 = nn.Conv2d(conv4, narrow4, 1, bias=False)
+        self.f8_4 = nn.Conv2d(conv5, narrow5, 1, bias=False)
+        self.f9 = nn.Conv2d(3 + narrow4 + narrow5, narrow4 + narrow5, 1, bias=False)
+        nn.init.xavier_uniform_(self.fc8.weight)
+        nn.init.kaiming_normal_(self.f8_3.weight)
+        nn.init.kaiming_normal_(self.f8_4.weight)
+        nn.init.xavier_uniform_(self.f9.weight, gain=4)
+        self.pcm = pcm
+        self.set_options(train_bn, checkpointing, dropout)
+
+    def train(self, mode=True):
+        """As `Network.train`; without PCM its layers are frozen too. Returns self."""
+        super().train(mode)
+        if not self.pcm:
+            for layer in (self.f8_3, self.f8_4, self.f9):
+                layer.requires_grad_(False)
+        return self
+
+    def forward(self, x):
+        """x: normalised images (N, 3, H, W). Returns (cam, cam_rv), both (N, 1+C, H, W).
+
+        cam: raw class scores, any sign, channel 0 a learned background. cam_rv: the map refined by PCM, >= 0;
+        it gives gradient to f8_3, f8_4 and f9 alone.
+        """
+        size = x.shape[2:]
+        return tuple(F.interpolate(cam, size, mode='bilinear', align_corners=True) for cam in self.class_maps(x))
+
+    def class_maps(self, x):
+        """As `forward`, at the size of the feature maps: two (N, 1+C, h, w)."""
+        features = self.forward_as_dict(x)
+        with torch.autocast(x.device.type, enabled=False):      # classes that tie in half precision would all survive
+            cam = self.fc8(self.dropout7(features['conv6'].to(self.fc8.weight.dtype)))     # (N, 1+C, h, w)
+        if not self.pcm:
+            return cam, cam
+        f = torch.cat([F.interpolate(x, cam.shape[2:], mode='bilinear', align_corners=True),
+                       F.relu(self.f8_3(features['conv4'].detach())),
+                       F.relu(self.f8_4(features['conv5'].detach()))], dim=1)  # (N, 3 + 3 * 64, h, w) on ResNet38
+        return cam, self.PCM(normalize_cam_for_pcm(cam), f)
+
+    def PCM(self, cam, f):
+        """Refines cam (N, 1+C, h', w') by the pixels that look alike in f (N, D, h, w) -> (N, 1+C, h, w).
+
+        Paper eq. (7): weights are the ReLU of the cosine similarity of the embedded features, and sum to 1.
+        """
+        n, _, h, w = f.shape
+        cam = F.interpolate(cam, (h, w), mode='bilinear', align_corners=True).flatten(2)   # (N, 1+C, hw)
+        f = self.f9(f).flatten(2).to(cam.dtype)                                            # (N, D', hw)
+        f = f / (f.norm(dim=1, keepdim=True) + 1e-5)
+        # in blocks of columns: without a gradient the hw x hw affinities are never all there
+        block = h * w if torch.is_grad_enabled() else max(PCM_BYTES // (n * h * w * f.element_size()), 1)
+        return torch.cat([weighted_mean(cam, f, columns) for columns in f.split(block, dim=2)], dim=2).view(n, -1, h, w)
+
+
+def weighted_mean(cam, f, columns):
+    """cam: in 0..1, (N, 1+C, hw), f: unit vectors (N, D, hw), columns: some of them, (N, D, b). Returns (N, 1+C, b)."""
+    affinity = (f.transpose(1, 2) @ columns).relu_()                                       # (N, hw, b)
+    total = affinity.sum(dim=1, keepdim=True, dtype=cam.dtype) + 1e-5
+    # keeps the sums below the 65,504 of fp16; a power of two leaves the digits of float32 as they are
+    scale = 2.0 ** min(15 - cam.shape[2].bit_length(), 0)
+    # dividing after the product leaves the affinities uncopied
+    return (cam * scale @ affinity) / total / scale
