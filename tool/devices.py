@@ -74,7 +74,7 @@ def get_device(name, tf32=False, one_gpu=False):
 
 
 def count_replicas(device):
-    """How many copies of a network DataParallel spreads over: for `--device cuda` without torchrun, all visible GPUs."""
+    """How many GPUs DataParallel spreads over: for `--device cuda` without torchrun all that are visible."""
     whole_machine = device.type == 'cuda' and device.index is None
     return torch.cuda.device_count() if whole_machine else 1
 

@@ -113,7 +113,7 @@ def explain_out_of_memory():
         if not is_out_of_memory(error):
             raise
         raise BadInput('out of memory: --accum 2 or more, --checkpointing, --amp bf16, a smaller --batch_size or '
-                       '--crop_size, and fewer --num_workers take less; the last checkpoint stays (--resume)') from error
+                       '--crop_size and fewer --num_workers take less; the last checkpoint stays') from error
 
 
 # ----- checkpoints -----
