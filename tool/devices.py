@@ -118,7 +118,7 @@ def is_out_of_memory(error):
         return True
     text = str(error).lower()       # PyTorch's allocator of main memory has no class of its own
     return isinstance(error, (RuntimeError, OSError)) and any(
-        words in text for words in ('allocate memory', 'out of memory', 'not enough memory', 'bad_alloc'))
+        words in text for words in ('defaultcpuallocator', 'allocate memory', 'out of memory', 'bad_alloc'))
 
 
 def sum_over_ranks(tensor):

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -140,8 +139,11 @@ def save_weights(net, path, leave_out=()):
 
 def digest_inputs(**inputs):
     """For each flag, eight bytes (hex) that follow from what was read (lists, dicts, arrays), wherever it lies."""
-    texts = {flag: json.dumps(value, sort_keys=True, default=np.ndarray.tolist) for flag, value in inputs.items()}
-    return {flag: hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for flag, text in texts.items()}
+    def digest(value):
+        text = json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    return {flag: digest(value) for flag, value in inputs.items()}
 
 
 def describe_scores(folder, flag, names):
