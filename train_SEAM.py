@@ -3,24 +3,25 @@ import argparse
 import functools
 import itertools
 import math
-import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from tqdm import tqdm
 
 from network.seam import suppress_weaker_classes
 from network.weights import load_weights
 from tool import imutils, visualization
-from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network
-from tool.devices import autocast, describe_run, get_device, get_rank, parallel, use_deterministic
+from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
+from tool.devices import (autocast, check_replicas, describe_run, get_device, get_rank, mean_over_ranks, parallel,
+                          use_deterministic)
 from tool.metrics import ClassificationMeter
 from tool.pyutils import AverageMeter, Logger, Timer
-from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, set_seed
-from tool.training import StopOnSignal, outlive_sigterm, report_progress, resume, save_checkpoint, save_weights
+from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches,
+                             set_seed)
+from tool.training import (check_training_args, digest_inputs, explain_out_of_memory, outlive_sigterm, report_progress,
+                           resume, save_checkpoint, save_weights, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import load_class_names
@@ -207,7 +208,7 @@ def get_args_parser():
     parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
                         help='half-precision network, float32 losses: less memory and time on a GPU')
     parser.add_argument('--checkpointing', action='store_true',
-                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
+                        help='compute the blocks again in the backward pass: much less memory, a fifth more operations')
     # outputs
     parser.add_argument('--session_name', default='resnet38_SEAM',
                         help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
@@ -215,44 +216,42 @@ def get_args_parser():
                         help='go on from a checkpoint; without a path, from <session_name>_last.pth')
     parser.add_argument('--save_every', default=1000, type=int,
                         help='steps between checkpoints, which are also written after every epoch')
+    parser.add_argument('--log_every', default=50, type=int, help='steps between the lines of the log')
     parser.add_argument('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
     return parser
 
 
 def check_args(args):
-    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'resize_long', 'accum', 'save_every')
-    check_range(args, 0, 256, 'num_workers')
-    check_range(args, 0, 100, 'lr', 'wt_dec', 'er_weight', 'ecr_weight', 'rvmin_weight')
+    check_training_args(args)
+    check_range(args, 0, 100, 'er_weight', 'ecr_weight', 'rvmin_weight')
+    check_range(args, 1, 10 ** 6, 'resize_long')
     check_range(args, 16, 10 ** 5, 'crop_size')
     check_range(args, 0, 1, 'dropout')
     check_range(args, 0.001, 1, 'topk_ratio')
     check_range(args, 0.05, 4, 'scale_factor')
     check_range(args, 0, 180, 'max_rotation')
     check_range(args, 0, args.crop_size / 2, 'max_translation')
-    check_range(args, 0, 2 ** 63, 'seed')
     if args.resize_long[0] > args.resize_long[1]:
         raise BadInput(f'--resize_long {args.resize_long}: the smaller value comes first')
-    if args.batch_size % (args.accum * get_rank()[1]):
-        raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
-                       f' on each of {get_rank()[1]} ranks')
     if args.train_bn and (args.accum > 1 or args.checkpointing or get_rank()[1] > 1):
         raise BadInput('--train_bn needs whole batches: no --accum, no --checkpointing, no ranks')
     if args.crop_size * args.scale_factor < 8:
         raise BadInput(f'--scale_factor {args.scale_factor} of --crop_size {args.crop_size} is less than 8 pixels')
-    if args.weights:
-        check_file(args.weights, '--weights')
+    if args.deterministic and {'rotation', 'translation'} & set(args.transform):
+        raise BadInput(f'--deterministic cannot be with --transform {" ".join(args.transform)}: the gradient of '
+                       'rotated and moved maps adds up in any order on a GPU')
 
 
-def report(log, timer, optimizer, args, epoch_steps, means, quality):
+def report(log, timer, step, optimizer, args, epoch_steps, means, quality):
     """Logs the means of the last steps, and what they say is going wrong. quality: (mAP, mAP of chance), percent."""
     means['mAP'], chance = quality
-    report_progress(log, timer, optimizer, args, epoch_steps, means)
-    if optimizer.global_step < optimizer.max_step / 4:
+    report_progress(log, timer, step, optimizer, args, epoch_steps, means)
+    if step + 1 < optimizer.max_step / 4:
         return
     if means['mAP'] < chance + (100 - chance) / 4:
         log.warn_once('mAP', f'the mean average precision on the training crops is {means["mAP"]:.1f} (chance: '
-                             f'{chance:.1f}): the classifier knows too little for its CAMs to mean anything; '
-                             'pretrained --weights, more steps or a lower --lr may help')
+                             f'{chance:.1f}): the classifier knows too little for its CAMs to mean anything; more '
+                             'steps help, pretrained --weights, and fitting the classifier first (--classifier_only)')
     if means.get('loss_er', 1) < 5e-4 and means['loss_ecr'] > .1:
         log.warn_once('ER', f'ER has collapsed to {means["loss_er"]:.6f} while ECR stays at {means["loss_ecr"]:.3f}: '
                             'the CAMs are flat, as happens without pretrained --weights; train the classifier first')
@@ -262,7 +261,9 @@ def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     set_seed(args.seed)
-    device = get_device(args.device, args.tf32)
+    rank, _ = get_rank()
+    device = get_device(args.device, args.tf32, one_gpu=args.train_bn)
+    check_replicas(device, args.amp)
     if args.deterministic:
         use_deterministic()
 
@@ -283,10 +284,9 @@ def main(args):
     max_step = epoch_steps * args.max_epoches
 
     # ----- network and optimizer -----
-    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names),
-                                                  pcm=args.pcm == 'on' and not args.classifier_only,
-                                                  train_bn=args.train_bn, checkpointing=args.checkpointing,
-                                                  dropout=args.dropout)
+    net = import_network(args.network, 'PCM').Net(
+        num_classes=len(class_names), pcm=args.pcm == 'on' and not args.classifier_only, train_bn=args.train_bn,
+        checkpointing=args.checkpointing, dropout=args.dropout)
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},
@@ -299,69 +299,49 @@ def main(args):
         load_weights(net, args.weights, new_heads=net.new_heads, reset=net.classifier if args.reset_head else ())
     net.to(device)
     last = args.session_name + '_last.pth'
+    inputs = digest_inputs(train_list=dataset.img_name_list, cls_labels=dataset.labels, class_names=class_names)
     if args.resume:
-        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args)
+        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args, inputs)
 
-    log = Logger(args.session_name, append=args.resume, quiet=get_rank()[0] > 0)
+    log = Logger(args.session_name, append=args.resume, quiet=rank > 0)
     for line in describe_run(args, device):
         log(line)
     log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
-    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
+    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
+                        num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if not args.weights and not args.resume:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
             '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')
-        calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))
-    model = parallel(net.train(), device, args.amp)
+        calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(read_batches(loader), 10)))
+    model = parallel(net.train(), device)
 
     # ----- training -----
-    writer = visualization.open_writer(args.tblog_dir, log) if get_rank()[0] == 0 else None
+    writer = visualization.open_writer(args.tblog_dir, log) if rank == 0 else None
     meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
+    save = functools.partial(save_checkpoint, last, net, optimizer, scaler, args, inputs)
 
-    def save():
-        meter.check()       # a ruined network does not replace a good one
-        if get_rank()[0] == 0:
-            save_checkpoint(last, net, optimizer, scaler, args)
+    for step, names, img, label in training_steps(loader, device, optimizer, meter, save, epoch_steps, args, log):
+        optimizer.zero_grad()
+        for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
+            terms, cam, cam_rv = forward_losses(model, img_part, label_part, args)
+            scaler.scale(terms['loss'] / args.accum).backward()
+            meter.add({name: term.detach() for name, term in terms.items()}, step, names)
+            quality.add(cam.detach()[:, 1:].mean(dim=(2, 3)), label_part)
+        scaler.step(optimizer)
+        scaler.update()
+        if step % args.log_every == 0:
+            report(log, timer, step, optimizer, args, epoch_steps, mean_over_ranks(meter.pop()), quality.pop())
+        if writer and step % args.log_every == 0:
+            visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
 
-    try:
-        with StopOnSignal() as stop:
-            for names, img, label in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0 or None):
-                step = optimizer.global_step
-                set_seed(args.seed, step, get_rank()[0])
-                img, label = img.to(device, non_blocking=True), label.to(device, non_blocking=True)
-                optimizer.zero_grad()
-                for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
-                    terms, cam, cam_rv = forward_losses(model, img_part, label_part, args)
-                    scaler.scale(terms['loss'] / args.accum).backward()
-                    meter.add({name: term.detach() for name, term in terms.items()}, step, names)
-                    quality.add(cam.detach()[:, 1:].mean(dim=(2, 3)), label_part)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
-
-                if step % 50 == 0:
-                    report(log, timer, optimizer, args, epoch_steps, meter.pop(), quality.pop())
-                    if writer:
-                        visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
-                stopped = stop.exit_code(device)
-                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % args.save_every == 0:
-                    save()
-                if stopped:
-                    log(f'stopped by a signal after {step + 1} steps; the same command with --resume goes on')
-                    sys.exit(stopped)
-    except BadInput:            # on any rank: all have the same weights
-        meter.check()
-        save_checkpoint(last, net, optimizer, scaler, args)
-        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
-        raise
-    if get_rank()[0] == 0:
+    if rank == 0:
         save_weights(net, args.session_name + '.pth')
-        if args.classifier_only:        # what both training scripts take as --weights, in place of ImageNet's
-            save_weights(net, args.session_name + '_backbone.pth', leave_out=net.new_heads)
+    if rank == 0 and args.classifier_only:      # what both training scripts take as --weights, in place of ImageNet's
+        save_weights(net, args.session_name + '_backbone.pth', leave_out=net.new_heads)
     log(f'wrote {args.session_name}.pth')
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input():
+    with exit_on_bad_input(), explain_out_of_memory():
         main(get_args_parser().parse_args())

@@ -1,21 +1,23 @@
 """Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
+import functools
 import itertools
-import sys
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from tqdm import tqdm
 
 from network.weights import load_weights
 from tool import imutils
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network
-from tool.devices import autocast, describe_run, get_device, get_rank, parallel, sum_over_ranks, use_deterministic
+from tool.cli import BadInput, check_dir, exit_on_bad_input, import_network
+from tool.devices import (autocast, check_replicas, describe_run, get_device, get_rank, mean_over_ranks, parallel,
+                          sum_over_ranks, use_deterministic)
 from tool.pyutils import AverageMeter, Logger, Timer
-from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, set_seed
-from tool.training import StopOnSignal, outlive_sigterm, report_progress, resume, save_checkpoint, save_weights
+from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches,
+                             set_seed)
+from tool.training import (check_training_args, describe_scores, digest_inputs, explain_out_of_memory, outlive_sigterm,
+                           report_progress, resume, save_checkpoint, save_weights, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import STRIDE, VOC12AffDataset
 from voc12.lists import load_class_names
@@ -31,8 +33,9 @@ def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
     """AffinityNet's loss (Ahn and Kwak 2018, eq. 5-7). All (N, offsets, from): aff in (0, 1], labels 0 or 1.
 
     Returns a dict of scalars: bg_loss, fg_loss, neg_loss, each a mean over the pairs of its kind in the batch
-    (0 where there is none), loss = bg_loss/4 + fg_loss/4 + neg_loss/2, and the counts bg_cnt, fg_cnt, neg_cnt.
-    counts: `pair_counts` of the whole batch, where these are a part of it: the losses of the parts then add up.
+    (0 where there is none), and loss = bg_loss/4 + fg_loss/4 + neg_loss/2.
+    counts: where these are one of n parts of a batch, `pair_counts` of the batch / n: the mean over the parts is then
+    the loss of the batch, whichever part the pairs are in.
     """
     labels = bg_label, fg_label, neg_label
     counts = pair_counts(labels) if counts is None else counts
@@ -40,7 +43,6 @@ def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
     different = -torch.log(1 + 1e-5 - aff)
     terms = {}
     for kind, cost, label, count in zip(('bg', 'fg', 'neg'), (alike, alike, different), labels, counts):
-        terms[kind + '_cnt'] = count
         terms[kind + '_loss'] = (cost * label).sum() / (count + 1e-5)
     terms['loss'] = terms['bg_loss'] / 4 + terms['fg_loss'] / 4 + terms['neg_loss'] / 2
     return terms
@@ -79,7 +81,7 @@ def get_args_parser():
     parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
                         help='half-precision network, float32 losses: less memory and time on a GPU')
     parser.add_argument('--checkpointing', action='store_true',
-                        help='compute the blocks again in the backward pass: much less memory, about a third more time')
+                        help='compute the blocks again in the backward pass: much less memory, a fifth more operations')
     # outputs
     parser.add_argument('--session_name', default='resnet38_aff',
                         help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
@@ -87,30 +89,25 @@ def get_args_parser():
                         help='go on from a checkpoint; without a path, from <session_name>_last.pth')
     parser.add_argument('--save_every', default=1000, type=int,
                         help='steps between checkpoints, which are also written after every epoch')
+    parser.add_argument('--log_every', default=50, type=int, help='steps between the lines of the log')
     return parser
 
 
 def check_args(args):
+    check_training_args(args)
     if args.crop_size % STRIDE or args.crop_size < 5 * STRIDE:      # on 4 x 4 cells no two form a pair
         raise BadInput(f'--crop_size {args.crop_size}: a multiple of {STRIDE} from {5 * STRIDE} on is needed')
     check_dir(args.la_crf_dir, '--la_crf_dir')
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
-    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'accum', 'save_every')
-    check_range(args, 0, 256, 'num_workers')
-    check_range(args, 0, 100, 'lr', 'wt_dec')
-    check_range(args, 0, 2 ** 63, 'seed')
-    if args.batch_size % (args.accum * get_rank()[1]):
-        raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
-                       f' on each of {get_rank()[1]} ranks')
-    if args.weights:
-        check_file(args.weights, '--weights')
 
 
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     set_seed(args.seed)
+    rank, ranks = get_rank()
     device = get_device(args.device, args.tf32)
+    check_replicas(device, args.amp)
     if args.deterministic:
         use_deterministic()
 
@@ -142,71 +139,50 @@ def main(args):
         load_weights(net, args.weights, new_heads=net.new_heads)
     net.to(device)
     last = args.session_name + '_last.pth'
+    inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
+                           la_crf_dir=describe_scores(args.la_crf_dir, '--la_crf_dir', dataset.img_name_list),
+                           ha_crf_dir=describe_scores(args.ha_crf_dir, '--ha_crf_dir', dataset.img_name_list))
     if args.resume:
-        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args)
+        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args, inputs)
 
-    log = Logger(args.session_name, append=args.resume, quiet=get_rank()[0] > 0)
+    log = Logger(args.session_name, append=args.resume, quiet=rank > 0)
     for line in describe_run(args, device):
         log(line)
     log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
-    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
+    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
+                        num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if not args.weights and not args.resume:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
-        calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(loader, 10)))
-    model = parallel(net.train(), device, args.amp)
+        calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(read_batches(loader), 10)))
+    model = parallel(net.train(), device)
 
     # ----- training -----
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
+    save = functools.partial(save_checkpoint, last, net, optimizer, scaler, args, inputs)
 
-    def save():
-        meter.check()       # a ruined network does not replace a good one
-        if get_rank()[0] == 0:
-            save_checkpoint(last, net, optimizer, scaler, args)
+    for step, names, img, labels in training_steps(loader, device, optimizer, meter, save, epoch_steps, args, log):
+        counts = sum_over_ranks(pair_counts(labels))
+        optimizer.zero_grad()
+        for img_part, *label_parts in zip(*(tensor.chunk(args.accum) for tensor in (img, *labels))):
+            with autocast(device, args.amp):
+                aff = model(img_part)
+            terms = affinity_loss(aff.float(), *label_parts, counts / (args.accum * ranks))
+            scaler.scale(terms['loss'] / args.accum).backward()
+            meter.add({name: term.detach() for name, term in terms.items()}, step, names)
+        scaler.step(optimizer)
+        scaler.update()
+        meter.add(dict(zip(('bg_cnt', 'fg_cnt', 'neg_cnt'), counts)), step, names)
+        if step % args.log_every == 0:
+            means = mean_over_ranks(meter.pop())
+            report_progress(log, timer, step, optimizer, args, epoch_steps, means,
+                            counts=[means[name] for name in ('bg_cnt', 'fg_cnt', 'neg_cnt')])
 
-    try:
-        with StopOnSignal() as stop:
-            for names, img, labels in tqdm(loader, desc='train', dynamic_ncols=True, disable=get_rank()[0] > 0 or None):
-                step = optimizer.global_step
-                set_seed(args.seed, step, get_rank()[0])
-                img, *labels = (tensor.to(device, non_blocking=True) for tensor in (img, *labels))
-                counts = sum_over_ranks(pair_counts(labels))
-                optimizer.zero_grad()
-                for img_part, *label_parts in zip(*(tensor.chunk(args.accum) for tensor in (img, *labels))):
-                    with autocast(device, args.amp):
-                        aff = model(img_part)
-                    terms = affinity_loss(aff.float(), *label_parts, counts)
-                    # DistributedDataParallel takes the mean over the ranks, here the parts add up
-                    scaler.scale(terms['loss'] * get_rank()[1]).backward()
-                    # shown as if the part were the batch
-                    whole = args.accum * get_rank()[1]
-                    meter.add({name: term.detach() * (whole if name.endswith('loss') else 1)
-                               for name, term in terms.items()}, step, names)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
-
-                if step % 50 == 0:
-                    means = meter.pop()
-                    report_progress(log, timer, optimizer, args, epoch_steps, means,
-                                    [means[name] for name in ('bg_cnt', 'fg_cnt', 'neg_cnt')])
-                stopped = stop.exit_code(device)
-                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % args.save_every == 0:
-                    save()
-                if stopped:
-                    log(f'stopped by a signal after {step + 1} steps; the same command with --resume goes on')
-                    sys.exit(stopped)
-    except BadInput:            # on any rank: all have the same weights
-        meter.check()
-        save_checkpoint(last, net, optimizer, scaler, args)
-        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
-        raise
-    if get_rank()[0] == 0:
+    if rank == 0:
         save_weights(net, args.session_name + '.pth')
     log(f'wrote {args.session_name}.pth')
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input():
+    with exit_on_bad_input(), explain_out_of_memory():
         main(get_args_parser().parse_args())

@@ -63,8 +63,9 @@ def results(work, out, name):
 
 
 def more_flags(work, name):
-    """--resume, where a training has left a checkpoint."""
-    return ['--resume'] if os.path.isfile(os.path.join(work, 'killed', name + '_last.pth')) else []
+    """--resume; of a training, where it has left a checkpoint."""
+    checkpoint = os.path.join(work, 'killed', name + '_last.pth')
+    return ['--resume'] if name not in ('seam', 'aff') or os.path.isfile(checkpoint) else []
 
 
 def kill_and_go_on(work, name, seconds):

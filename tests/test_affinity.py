@@ -57,21 +57,22 @@ def test_dataset_from_crf_files(tmp_path):
         assert (pairs.numpy() == g['fuse_' + kind]).all()
 
 
-def check_terms(terms, g, prefix):
-    for kind in ('bg', 'fg', 'neg'):
+def check_terms(aff, labels, g, prefix):
+    """Returns the terms of the loss."""
+    terms, counts = train_aff.affinity_loss(aff, *labels), train_aff.pair_counts(labels)
+    for kind, count in zip(('bg', 'fg', 'neg'), counts):
         assert terms[kind + '_loss'].item() == pytest.approx(g[f'{prefix}_{kind}_loss'], rel=1e-4, abs=1e-9)
         if f'{prefix}_{kind}_count' in g:
-            assert terms[kind + '_cnt'].item() == pytest.approx(g[f'{prefix}_{kind}_count'], abs=1e-4)
+            assert count.item() == pytest.approx(g[f'{prefix}_{kind}_count'], abs=1e-4)
     assert terms['loss'].item() == pytest.approx(g[prefix + '_loss'], rel=1e-4)
+    return terms
 
 
 def test_loss_of_given_affinities():
     g = golden('g07_aff_forward')
     aff = torch.from_numpy(g['lossA_aff']).requires_grad_()
     labels = [torch.from_numpy(g['lossA_' + kind]).float() for kind in ('bg', 'fg', 'neg')]
-    terms = train_aff.affinity_loss(aff, *labels)
-    check_terms(terms, g, 'lossA')
-    terms['loss'].backward()
+    check_terms(aff, labels, g, 'lossA')['loss'].backward()
     close(aff.grad, g['lossA_grad'], 1e-4)
     extract = ExtractAffinityLabelInRadius(12)
     for i, label in enumerate(g['lossA_labelmaps']):
@@ -81,7 +82,18 @@ def test_loss_of_given_affinities():
 def test_loss_of_missing_kinds_is_0():
     g = golden('g07_aff_forward')
     aff, fg = torch.from_numpy(g['lossA_aff']), torch.from_numpy(g['lossA_fg']).float()
-    check_terms(train_aff.affinity_loss(aff, torch.zeros_like(fg), fg, torch.zeros_like(fg)), g, 'lossEmpty')
+    check_terms(aff, [torch.zeros_like(fg), fg, torch.zeros_like(fg)], g, 'lossEmpty')
+
+
+def test_loss_of_a_batch_is_the_mean_over_its_parts():
+    """However the pairs are spread: each part divides by its share of the pairs of the batch."""
+    torch.manual_seed(0)
+    aff, labels = torch.rand(4, 3, 5), [(torch.rand(4, 3, 5) < 0.4).float() for _ in range(3)]
+    labels[0][2:] = 0           # all background pairs are in the first part
+    whole, counts = train_aff.affinity_loss(aff, *labels), train_aff.pair_counts(labels)
+    parts = [train_aff.affinity_loss(*part, counts / 2) for part in zip(*(t.chunk(2) for t in (aff, *labels)))]
+    for name, value in whole.items():
+        assert ((parts[0][name] + parts[1][name]) / 2).item() == pytest.approx(value.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize('case', ['trainB', 'trainC'])
@@ -96,9 +108,7 @@ def test_training_gradients(case):
     radius = int(g[case + '_radius'])
     extract = ExtractAffinityLabelInRadius(len(g[case + '_labelmaps'][0]), radius)
     labels = [torch.stack(kind) for kind in zip(*(extract(label) for label in g[case + '_labelmaps']))]
-    terms = train_aff.affinity_loss(aff, *labels)
-    check_terms(terms, g, case)
-    terms['loss'].backward()
+    check_terms(aff, labels, g, case)['loss'].backward()
     parameters = dict(net.named_parameters())
     assert {name for name, p in parameters.items() if p.grad is None} == set(g[case + '_nograd_names'])
     for name, norm in zip(g[case + '_grad_names'], g[case + '_grad_l2']):

@@ -1,11 +1,13 @@
 """Resume, seeds, ranks and parts of batches: all of them end with the weights of the plain run."""
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -142,6 +144,16 @@ raise RuntimeError('in the middle')
     assert result.returncode == 1 and 'in the middle' in result.stderr
 
 
+@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
+def test_loader_processes_that_are_spawned(data, script):
+    """As on Windows and macOS: what they get is pickled."""
+    multiprocessing.set_start_method('spawn', force=True)
+    try:
+        done(run(data, script, *flags(script, f'spawn_{script}', *ONE_STEP, '--num_workers', 1)))
+    finally:
+        multiprocessing.set_start_method('fork', force=True)
+
+
 def test_workers_do_not_change_the_weights(data, plain):
     done(run(data, 'train_SEAM', *flags('train_SEAM', 'workers', '--num_workers', 2)))
     assert same(plain['train_SEAM'], weights(data / 'workers.pth'))
@@ -150,6 +162,99 @@ def test_workers_do_not_change_the_weights(data, plain):
 def test_contradicting_flags_are_named(data, plain):
     refused(run(data, 'train_SEAM', *flags('train_SEAM', 'plain_train_SEAM', '--resume', '--lr', 0.02)),
             'plain_train_SEAM_last.pth', '--lr was 0.01')
+
+
+def test_other_spellings_of_the_same_files_resume(data, plain):
+    spelled = data / '..' / data.name / LIST
+    done(run(data, 'train_SEAM', *flags('train_SEAM', 'moved', '--resume', 'plain_train_SEAM_last.pth', '--train_list',
+                                        spelled, '--voc12_root', data / 'VOC2012')))
+    assert same(plain['train_SEAM'], weights(data / 'moved.pth'))
+    resume = '--resume', 'plain_train_aff_last.pth', '--train_list', spelled
+    folders = '--la_crf_dir', 'la/', '--ha_crf_dir', data / 'ha'
+    done(run(data, 'train_aff', *flags('train_aff', 'moved', *resume, *folders)))
+    refused(run(data, 'train_aff', *flags('train_aff', 'moved', *resume, '--la_crf_dir', 'ha')),
+            '--la_crf_dir ha has other contents than la had')
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A function that resumes a network from a checkpoint with (flags, digests of files), saved as a GPU saves it."""
+    net = torch.nn.Linear(2, 1)
+    optimizer = torchutils.PolyOptimizer(net.parameters(), 0.1, 0, 10, momentum=0.9)
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    parts, path = (net, optimizer, torch.amp.GradScaler(enabled=False)), str(tmp_path / 'x_last.pth')
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
+        training.save_checkpoint(path, *parts, Namespace(lr=0.1, train_list='old.txt'), {'train_list': 'abc'})
+
+    def resume(lr, train_list, digest):
+        fresh = torch.nn.Linear(2, 1)
+        again = torchutils.PolyOptimizer(fresh.parameters(), 0.1, 0, 10, momentum=0.9)
+        training.resume(path, fresh, again, parts[2], Namespace(lr=lr, train_list=train_list), {'train_list': digest})
+        assert torch.equal(fresh.weight, net.weight) and again.global_step == 1
+    return path, resume
+
+
+def test_checkpoint_of_a_gpu_resumes_on_a_cpu(checkpoint):
+    path, resume = checkpoint
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match='CUDA'):
+            torch.load(path, weights_only=True)
+    resume(0.1, 'old.txt', 'abc')
+
+
+def test_contents_of_a_list_count_and_not_its_path(checkpoint):
+    path, resume = checkpoint
+    resume(0.1, 'moved/old.txt', 'abc')
+    with pytest.raises(cli.BadInput, match='--train_list old.txt has other contents than old.txt had'):
+        resume(0.1, 'old.txt', 'abd')
+
+
+def test_checkpoint_without_digests_compares_the_paths(checkpoint):
+    path, resume = checkpoint
+    old = torch.load(path, map_location='cpu', weights_only=True)
+    del old['inputs']
+    torch.save(old, path)
+    resume(0.1, 'old.txt', 'abc')
+    with pytest.raises(cli.BadInput, match='--train_list was old.txt'):
+        resume(0.1, 'new.txt', 'abc')
+
+
+def test_digests_follow_the_contents():
+    def digest(names, labels):
+        return training.digest_inputs(train_list=names, cls_labels=labels)
+    a, b = np.float32([0, 1]), np.float32([1, 0])
+    first = digest(['x', 'y'], {'x': a, 'y': b})
+    assert first == digest(['x', 'y'], {'y': b, 'x': a})
+    assert first['train_list'] != digest(['y', 'x'], {})['train_list']      # the order of a list decides the batches
+    assert first['cls_labels'] != digest([], {'x': b, 'y': b})['cls_labels']
+
+
+@pytest.mark.parametrize('script, error', [
+    ('train_SEAM', torch.OutOfMemoryError('CUDA out of memory.')),
+    ('train_aff', RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))])
+def test_memory_that_runs_out_is_one_line_and_the_checkpoint_stays(data, script, error, monkeypatch):
+    def step(*_):
+        raise error
+    monkeypatch.setattr(torch.optim.SGD, 'step', step)
+    (data / 'memory_last.pth').write_bytes(b'before')
+    refused(run(data, script, *flags(script, 'memory')), 'out of memory', '--accum', '--checkpointing', '--amp')
+    assert (data / 'memory_last.pth').read_bytes() == b'before'
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
+def test_full_disk_under_the_log_is_one_line_and_the_run_goes_on(data):
+    (data / 'nolog.log').symlink_to('/dev/full')
+    out = done(run(data, 'train_SEAM', *flags('train_SEAM', 'nolog', *ONE_STEP)))
+    assert out.count('warning: cannot write nolog.log (--session_name): No space left on device') == 1
+    assert 'Iter:    0/    1' in out and (data / 'nolog.pth').is_file()
+
+
+@pytest.mark.parametrize('transform', ['rotation', 'translation'])
+def test_rotated_views_are_not_deterministic(data, transform):
+    refused(run(data, 'train_SEAM', *flags('train_SEAM', 'x', '--deterministic', '--transform', 'rescale', transform)),
+            '--deterministic', transform)
 
 
 @pytest.mark.parametrize('damage', ['missing', 'cut', 'weights'])
@@ -212,10 +317,16 @@ def test_two_ranks_equal_one(data, still, script, tmp_path):
         'runpy.run_path(sys.argv[0], run_name="__main__")\n')
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'still.py',
-         os.path.join(ROOT, script + '.py'), *map(str, flags(script, 'ranks', '--lr', 1e-3))],
+         os.path.join(ROOT, script + '.py'), *map(str, flags(script, 'ranks', '--lr', 1e-3, '--log_every', 5))],
         cwd=data, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count('Iter:    0/    6') == 1         # rank 0 alone prints
+    assert result.stdout.count('Iter:    0/    6') == result.stdout.count('Iter:    5/    6') == 1   # of rank 0 alone
+    assert 'FutureWarning' not in result.stderr and 'process_group' not in result.stderr
+    shown, alone = (json.loads((data / f'{session}.jsonl').read_text().splitlines()[0])
+                    for session in ('ranks', f'still_{script}'))
+    for name in alone:          # the losses of all ranks' images, not of the first's alone
+        if 'loss' in name or 'cnt' in name:
+            assert shown[name] == pytest.approx(alone[name], rel=1e-3), name
     whole, start = still[script]
     assert distance(whole, weights(data / 'ranks.pth'), start) < 1e-3
 
@@ -353,11 +464,12 @@ def test_class_without_images_does_not_count():
 
 def test_a_classifier_that_knows_nothing_is_warned_of(tmp_path):
     class Optimizer:
-        global_step, max_step, param_groups = 51, 100, [{'lr': 0.1}]
+        max_step, param_groups = 100, [{'lr': 0.1}]
     log = pyutils.Logger(str(tmp_path / 'x'))
     args = type('Args', (), {'batch_size': 2})
     for quality in ((20., 10.), (20., 10.), (80., 10.)):
-        train_SEAM.report(log, pyutils.Timer(), Optimizer, args, 10,
+        train_SEAM.report(log, pyutils.Timer(), 50, Optimizer, args, 10,
                           {'loss': 1., 'loss_er': 1e-5, 'loss_ecr': .4}, quality)
     text = (tmp_path / 'x.log').read_text()
     assert text.count('mean average precision') == 1 and text.count('ER has collapsed') == 1
+    assert 'lower --lr' not in text

@@ -1,7 +1,10 @@
-"""Devices, ranks of torchrun, precision."""
+"""Devices, ranks of torchrun, precision, memory."""
+import inspect
 import os
+import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -15,43 +18,107 @@ def get_rank():
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
 
-def get_device(name, tf32=False):
-    """torch.device of the `--device` flag; None picks CUDA where there is any. A rank of torchrun gets its own GPU.
+def _gpu_problem(index):
+    """Why PyTorch cannot use GPU number `index`, in a line; '' where it can."""
+    with warnings.catch_warnings(record=True) as told:      # PyTorch warns of an old driver, or of an old card
+        warnings.simplefilter('always')
+        if not torch.cuda.is_available():
+            reasons = [' '.join(str(warning.message).split()) for warning in told if 'CUDA' in str(warning.message)]
+            return reasons[0].split(' (Triggered')[0] if reasons else 'no GPU is visible to PyTorch'
+        if index >= torch.cuda.device_count():
+            return f'{torch.cuda.device_count()} GPUs are visible to PyTorch'
+        try:
+            major, minor = torch.cuda.get_device_capability(index)
+        except RuntimeError as error:
+            return str(error).split('\n')[0]
+    lowest = min(map(int, re.findall(r'sm_(\d+)', ' '.join(torch.cuda.get_arch_list()))), default=0)
+    if 10 * major + minor >= lowest:
+        return ''
+    return (f'{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, and this build of PyTorch '
+            f'needs {lowest // 10}.{lowest % 10}; an older build may have it')
 
-    Switches TF32 off, which PyTorch uses for convolutions by default, for the published numbers are full float32;
-    or on, for matrix products too. Raises BadInput.
+
+def get_device(name, tf32=False, one_gpu=False):
+    """torch.device of the `--device` flag; None picks CUDA where it can be used. A rank of torchrun gets its own GPU.
+
+    one_gpu: take the first where `cuda` means several. Switches TF32 off, which PyTorch uses for convolutions by
+    default, for the published numbers are full float32; or on, for matrix products too. Raises BadInput.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    if name is None:
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name == 'cuda' and get_rank()[1] > 1:
-        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    rank, ranks = get_rank()
     try:
-        device = torch.device(name)
+        device = torch.device(name or 'cuda')
     except RuntimeError as error:
         raise BadInput(f'no such device: {name} (--device); cuda, cuda:N or cpu expected') from error
-    if device.type not in ('cuda', 'cpu'):
+    if device.type == 'cpu':
+        return device
+    if device.type != 'cuda':
         raise BadInput(f'--device {name}: cuda, cuda:N or cpu expected')
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f'--device {name}: {torch.cuda.device_count()} GPUs are visible to PyTorch')
-    if device.index is not None and device.type == 'cuda':
+    if ranks > 1:
+        if device.index is not None:
+            raise BadInput(f'--device {name} would put all ranks of torchrun on one GPU; say cuda, or leave it out')
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    problem = _gpu_problem(device.index or 0)
+    if problem and name is None and (ranks == 1 or not torch.cuda.is_available()):
+        if rank == 0 and torch.version.cuda:
+            print(f'{problem}: the CPU is used')
+        return torch.device('cpu')
+    if problem:
+        raise BadInput(f'--device {name or device}: {problem}')
+    if one_gpu and count_replicas(device) > 1:
+        print(f'one of {count_replicas(device)} GPUs is used: --train_bn needs whole batches')
+        device = torch.device('cuda', 0)
+    if device.index is not None:
         torch.cuda.set_device(device)
     return device
 
 
-def parallel(net, device, amp='off'):
+def count_replicas(device):
+    """How many GPUs DataParallel spreads over: for `--device cuda` without torchrun all that are visible."""
+    whole_machine = device.type == 'cuda' and device.index is None
+    return torch.cuda.device_count() if whole_machine else 1
+
+
+def check_replicas(device, amp):
+    """Raises BadInput for what DataParallel cannot do, before anything is written."""
+    if count_replicas(device) > 1 and amp == 'bf16':        # its threads fall back to fp16
+        raise BadInput('--amp bf16 on several GPUs needs torchrun; or name one with --device cuda:0')
+
+
+def parallel(net, device):
     """net, wrapped so that batches spread over the ranks of torchrun, or for `--device cuda` over all visible GPUs."""
     if get_rank()[1] > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         for buffer in net.buffers():        # batch norm that each rank may have calibrated on images of its own
             dist.broadcast(buffer, 0)
-        return torch.nn.parallel.DistributedDataParallel(
-            net, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
-    if device.type == 'cuda' and device.index is None and torch.cuda.device_count() > 1:
-        if amp == 'bf16':       # its threads fall back to fp16
-            raise BadInput('--amp bf16 on several GPUs needs torchrun; or name one with --device cuda:0')
-        return torch.nn.DataParallel(net)
-    return net
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        # buffers written between the two passes of a step would spoil the first one's gradient
+        no_sync = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')       # new and old name
+                       if name in inspect.signature(wrapper).parameters)
+        return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **{no_sync: False})
+    return torch.nn.DataParallel(net) if count_replicas(device) > 1 else net
+
+
+def end_ranks():
+    """What `parallel` began, where all ranks come to their end together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_gpus(*numbers):
+    """After `set_seed`, which gives all GPUs the seed of the first: the others get their own, so that the parts of a
+    batch under DataParallel draw different dropout masks."""
+    for index, generator in enumerate(torch.cuda.default_generators[1:], 1):
+        generator.manual_seed(int(np.random.SeedSequence((*numbers, index)).generate_state(1)[0]))
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out: of Python, NumPy, PyTorch on a CPU or a GPU, or the system."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()       # PyTorch's allocator of main memory has no class of its own
+    return isinstance(error, (RuntimeError, OSError)) and any(
+        words in text for words in ('defaultcpuallocator', 'allocate memory', 'out of memory', 'bad_alloc'))
 
 
 def sum_over_ranks(tensor):
@@ -59,6 +126,15 @@ def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def mean_over_ranks(values):
+    """The mean over the ranks of torchrun of each number of a dict with the same names everywhere."""
+    if not dist.is_initialized():
+        return values
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    means = sum_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=device)) / get_rank()[1]
+    return dict(zip(values, means.tolist()))
 
 
 def autocast(device, amp):
@@ -73,18 +149,31 @@ def use_deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def describe_run(args, device):
-    """Lines for the head of a log: arguments, versions, device, revision of the code."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+def describe_revision(network):
+    """`git describe` of this code; dirty where it was changed, and where modules of the network, or beside it, are
+    not in git. 'unknown' without git."""
+    def git(*arguments):
+        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        return subprocess.run(['git', '-C', here, *arguments], capture_output=True, text=True)
+
+    packages = 'network', network.split('.')[0]
+    files = [os.path.abspath(module.__file__) for name, module in list(sys.modules.items())
+             if name.split('.')[0] in packages and getattr(module, '__file__', None)]
     try:
-        revision = subprocess.run(['git', '-C', here, 'describe', '--always', '--dirty'], capture_output=True,
-                                  text=True).stdout.strip()
+        revision = git('describe', '--always', '--dirty').stdout.strip()
+        if revision and not revision.endswith('-dirty') and git('ls-files', '--error-unmatch', *files).returncode:
+            revision += '-dirty'
     except OSError:             # no git here
         revision = ''
+    return revision or 'unknown'
+
+
+def describe_run(args, device):
+    """Lines for the head of a log: arguments, versions, device, revision of the code."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
     return [' '.join(f'{key}={value}' for key, value in vars(args).items()),
             f'python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}; {name}, '
-            f'{get_rank()[1]} ranks; revision {revision or "unknown"}']
+            f'{get_rank()[1]} ranks; revision {describe_revision(args.network)}']
 
 
 def peak_memory():
@@ -95,4 +184,5 @@ def peak_memory():
         import resource
     except ImportError:                 # not on Windows
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

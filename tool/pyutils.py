@@ -53,28 +53,35 @@ class Timer:
 
 
 class Logger:
-    """Prints lines and keeps them in <session_name>.log, flushed line by line; records go to <session_name>.jsonl.
-    Creates their folder. quiet: does nothing, for ranks other than the first."""
+    """Prints lines and adds them to <session_name>.log; records go to <session_name>.jsonl. Creates their folder.
+    Where the disk is full, one line says so, and the run goes on. quiet: does nothing, for ranks but the first."""
 
     def __init__(self, session_name, append=False, quiet=False):
-        self._files, self._told = None, set()
+        self._session, self._quiet, self._full, self._told = session_name, quiet, False, set()
         if quiet:
             return
         make_dir(os.path.dirname(session_name) or '.', '--session_name')
         try:
-            self._files = [open(session_name + end, 'a' if append else 'w', encoding='utf-8')
-                           for end in ('.log', '.jsonl')]
+            for end in ('.log', '.jsonl'):
+                open(session_name + end, 'a' if append else 'w', encoding='utf-8').close()
         except OSError as error:
             raise BadInput(f'cannot write {error.filename} (--session_name): {error.strerror}') from error
 
-    def _write(self, number, line):
-        self._files[number].write(line + '\n')
-        self._files[number].flush()
+    def _write(self, end, line):
+        if self._full:
+            return
+        try:
+            with open(self._session + end, 'a', encoding='utf-8') as file:
+                file.write(line + '\n')
+        except OSError as error:
+            self._full = True
+            tqdm.write(f'warning: cannot write {self._session}{end} (--session_name): {error.strerror}; '
+                       'the run goes on without it')
 
     def __call__(self, line):
-        if self._files:
+        if not self._quiet:
             tqdm.write(line)        # goes to stdout, and leaves a progress bar whole
-            self._write(0, line)
+            self._write('.log', line)
 
     def warn_once(self, kind, line):
         """A warning that is told the first time that its kind turns up."""
@@ -84,5 +91,5 @@ class Logger:
 
     def record(self, values):
         """One line of JSON: dict name -> number or text."""
-        if self._files:
-            self._write(1, json.dumps(values))
+        if not self._quiet:
+            self._write('.jsonl', json.dumps(values))

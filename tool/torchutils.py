@@ -1,10 +1,11 @@
-"""Optimizer, random numbers, the order of a training run, batch-norm calibration."""
+"""Optimizer, random numbers, the batches of a training run, batch-norm calibration."""
 import random
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
+from tool.cli import BadInput
 from tool.devices import get_rank
 
 
@@ -46,14 +47,32 @@ def set_seed(*numbers):
 
 
 class SeededDataset(Dataset):
-    """A dataset whose random augmentation depends on (seed, epoch, index) alone; it is indexed by (epoch, index)."""
+    """A dataset whose random augmentation depends on (seed, epoch, index) alone; it is indexed by (epoch, index).
+    In place of an item that cannot be read comes its BadInput, for `read_batches` to raise in the main process."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, key):
         set_seed(self.seed, *key)
-        return self.dataset[key[1]]
+        try:
+            return self.dataset[key[1]]
+        except BadInput as error:
+            return error
+
+
+def collate(items):
+    """`collate_fn` for a SeededDataset: a batch as PyTorch makes it, or the first BadInput among the items."""
+    bad = [item for item in items if isinstance(item, BadInput)]
+    return bad[0] if bad else default_collate(items)
+
+
+def read_batches(loader):
+    """The batches of a loader with `collate`. Raises the BadInput of an item that cannot be read."""
+    for batch in loader:
+        if isinstance(batch, BadInput):
+            raise batch
+        yield batch
 
 
 class StepBatches(Sampler):

@@ -1,28 +1,97 @@
-"""A training run: its progress lines, checkpoints, and how it is stopped and taken up again."""
+"""A training run: its steps and progress lines, its checkpoints, and how it is stopped and taken up again."""
 import atexit
+import contextlib
 import errno
+import hashlib
+import json
 import multiprocessing
+import os
 import signal
+import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from tool.cli import BadInput, NotFinite, check_file
-from tool.devices import peak_memory
-from tool.files import atomic_write, describe
+from tool.cli import BadInput, NotFinite, check_file, check_range
+from tool.devices import end_ranks, get_rank, is_out_of_memory, peak_memory, seed_gpus
+from tool.files import atomic_write, describe, file_digest
+from tool.outputs import read_settings
+from tool.score_files import find_scores
+from tool.torchutils import read_batches, set_seed
 from tool.unpickle import load_tensors
 
 
-def report_progress(log, timer, optimizer, args, epoch_steps, means, counts=()):
+def check_training_args(args):
+    """Raises BadInput for flags of both training scripts that cannot be."""
+    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'accum', 'save_every', 'log_every')
+    check_range(args, 0, 256, 'num_workers')
+    check_range(args, 0, 100, 'lr', 'wt_dec')
+    check_range(args, 0, 2 ** 63, 'seed')
+    _, ranks = get_rank()
+    if args.batch_size % (args.accum * ranks):
+        raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
+                       f' on each of {ranks} ranks')
+    if args.weights:
+        check_file(args.weights, '--weights')
+
+
+# ----- the steps -----
+
+def training_steps(loader, device, optimizer, meter, save, epoch_steps, args, log):
+    """Yields (step, names, the other parts of the batch on the device) from `optimizer.global_step` on, each with
+    random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
+
+    After every epoch and every --save_every steps calls save(), on the first rank. So too when the run ends early: by
+    a signal, with exit code 128 + its number, or by the BadInput of an image that cannot be read.
+    """
+    rank, _ = get_rank()
+    stopped = 0
+    try:
+        with StopOnSignal() as stop:
+            for names, *tensors in tqdm(read_batches(loader), 'train', len(loader), dynamic_ncols=True,
+                                        disable=rank > 0 or None):
+                step = optimizer.global_step
+                set_seed(args.seed, step, rank)
+                seed_gpus(args.seed, step, rank)
+                yield step, names, *_move(tensors, device)
+                optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
+                stopped = stop.exit_code(device)
+                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % args.save_every == 0:
+                    meter.check()       # a ruined network does not replace a good one
+                    if rank == 0:
+                        save()
+                if stopped:
+                    break
+    except BadInput:            # on any rank: all have the same weights
+        meter.check()
+        save()
+        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
+        raise
+    end_ranks()
+    if stopped:
+        log(f'stopped by a signal after {optimizer.global_step} steps; the same command with --resume goes on')
+        sys.exit(stopped)
+
+
+def _move(value, device):
+    """A tensor, or those in lists of lists, on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    return [_move(part, device) for part in value]
+
+
+def report_progress(log, timer, step, optimizer, args, epoch_steps, means, counts=()):
     """Logs the `Iter:` line of the reference, and a record of everything: step, epoch, means, lr, images/s, memory.
 
-    means: dict of floats; of these the losses are shown, and mAP where there is one. counts: of AffinityNet's pairs.
+    step: the number of the update that was the last, from 0. means: dict of floats; of these the losses are shown,
+    and mAP where there is one. counts: of AffinityNet's pairs.
     """
-    step, max_step, lr = optimizer.global_step, optimizer.max_step, optimizer.param_groups[0]['lr']
-    speed, finish = timer.report(step, max_step, args.batch_size)
+    max_step, lr = optimizer.max_step, optimizer.param_groups[0]['lr']
+    speed, finish = timer.report(step + 1, max_step, args.batch_size)
     shown = [means[name] for name in ('loss', 'loss_cls', 'loss_er', 'loss_ecr', 'bg_loss', 'fg_loss', 'neg_loss')
              if name in means]
-    parts = [f'Iter:{step - 1:5d}/{max_step:5d}', 'loss:' + ' '.join(f'{loss:.4f}' for loss in shown),
+    parts = [f'Iter:{step:5d}/{max_step:5d}', 'loss:' + ' '.join(f'{loss:.4f}' for loss in shown),
              f'imps:{speed:.1f}']
     if counts:
         parts.append('cnt:' + ' '.join(f'{count:.0f}' for count in counts))
@@ -30,12 +99,26 @@ def report_progress(log, timer, optimizer, args, epoch_steps, means, counts=()):
     if 'mAP' in means:
         parts.append(f'mAP: {means["mAP"]:.1f}')
     log(' '.join(parts))
-    log.record({'step': step - 1, 'epoch': (step - 1) // epoch_steps, **means, 'lr': lr, 'images_per_second': speed,
+    log.record({'step': step, 'epoch': step // epoch_steps, **means, 'lr': lr, 'images_per_second': speed,
                 'memory_gib': peak_memory() / 2 ** 30})
 
 
+@contextlib.contextmanager
+def explain_out_of_memory():
+    """Around a training: where memory runs out, a BadInput names the flags that help."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise BadInput('out of memory: --accum 2 or more, --checkpointing, --amp bf16, a smaller --batch_size or '
+                       '--crop_size and fewer --num_workers take less; the last checkpoint stays') from error
+
+
+# ----- checkpoints -----
+
 # what a resumed run may change without ending elsewhere, except for rounding
-FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'tblog_dir', 'weights', 'reset_head', 'val_list',
+FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'log_every', 'tblog_dir', 'weights', 'reset_head', 'val_list',
                   'voc12_root', 'num_workers', 'device', 'deterministic', 'accum', 'checkpointing'}
 
 
@@ -54,34 +137,54 @@ def save_weights(net, path, leave_out=()):
     _save(weights, path)
 
 
-def save_checkpoint(path, net, optimizer, scaler, args):
+def digest_inputs(**inputs):
+    """For each flag, eight bytes (hex) that follow from what was read (lists, dicts, arrays), wherever it lies."""
+    def digest(value):
+        text = json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    return {flag: digest(value) for flag, value in inputs.items()}
+
+
+def describe_scores(folder, flag, names):
+    """What tells one folder of score files from another: the settings that it was made with, or without them the
+    contents of its first file. names: the image names. Raises BadInput, naming the flag."""
+    return read_settings(folder) or file_digest(find_scores(os.path.join(folder, names[0] + '.npy'), flag))
+
+
+def save_checkpoint(path, net, optimizer, scaler, args, inputs):
     """Writes all that `resume` needs: weights, optimizer, number of updates, and the arguments that it compares.
-    Raises NotFinite rather than put ruined weights in place of good ones."""
+    inputs: as `digest_inputs` returns. Raises NotFinite rather than put ruined weights in place of good ones."""
     if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
         raise NotFinite(f'the weights are not finite after step {optimizer.global_step}; {path} is as before')
     checkpoint = {'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                  'step': optimizer.global_step, 'args': vars(args), 'torch': str(torch.__version__)}
+                  'step': optimizer.global_step, 'args': vars(args), 'inputs': inputs, 'torch': str(torch.__version__)}
     _save(checkpoint, path)
 
 
-def resume(path, net, optimizer, scaler, args):
-    """Restores what `save_checkpoint` wrote. Raises BadInput for another file, and for flags that contradict it."""
+def resume(path, net, optimizer, scaler, args, inputs):
+    """Restores what `save_checkpoint` wrote. Raises BadInput for another file, and for flags that contradict it: other
+    values, and of files other contents, wherever they lie."""
     check_file(path, '--resume')
     try:
         checkpoint = load_tensors(path)
-        before = checkpoint['args']
-        differ = [f'--{key} was {before[key]}' for key in vars(args)
-                  if key in before and key not in FREE_ON_RESUME and before[key] != getattr(args, key)]
+        before, read_before = checkpoint['args'], checkpoint.get('inputs', {})      # without these, paths are compared
+        differ = [f'--{key} was {before[key]}' for key in vars(args) if key in before and key not in FREE_ON_RESUME
+                  and key not in read_before and before[key] != getattr(args, key)]
+        differ += [f'--{key} {getattr(args, key)} has other contents than {before[key]} had' for key in inputs
+                   if key in read_before and read_before[key] != inputs[key]]
         if not differ:
             net.load_state_dict(checkpoint['model'])
             optimizer.load_state_dict(checkpoint['optimizer'])
             optimizer.global_step = checkpoint['step']
             scaler.load_state_dict(checkpoint['scaler'])
-    except Exception as error:          # a damaged pickle raises whatever it likes
+    except Exception as error:          # a damaged file raises whatever it likes
         raise BadInput(f'{path} (--resume) is no checkpoint of this training: {describe(error)}') from error
     if differ:
-        raise BadInput(f'{path} (--resume) was made with other flags: {", ".join(differ)}')
+        raise BadInput(f'{path} (--resume) was made with other flags: {"; ".join(differ)}')
 
+
+# ----- signals -----
 
 def outlive_sigterm(_):
     """`worker_init_fn` of the loaders: where a whole process group is signalled, the workers outlive the last step."""
@@ -91,7 +194,8 @@ def outlive_sigterm(_):
 @atexit.register
 def _kill_workers():
     """Python ends the workers that a failed run left with SIGTERM and waits for them: for ever, if they outlive it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise an error
+    if hasattr(signal, 'SIGCHLD'):                          # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
