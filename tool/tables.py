@@ -224,8 +224,9 @@ def make_markdown(rows, records, published):
 def write_tables(records, args):
     """Writes tables.csv and tables.md, which it returns. records: dict (table, row, seed) -> line of tables.csv."""
     rows = list_rows(args.scales, args.alphas)
-    place = {(row.table, row.name): number for number, row in enumerate(rows)}
-    ordered = sorted(records.values(), key=lambda record: (place[record['table'], record['row']], int(record['seed'])))
+    seeds = sorted({seed for _, _, seed in records}, key=int)
+    ordered = [records[row.table, row.name, seed] for row in rows for seed in seeds
+               if (row.table, row.name, seed) in records]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction='ignore', lineterminator='\n')
     writer.writeheader()
@@ -308,8 +309,11 @@ def check_settings(args):
         settings[name] = file_digest(path) if path and os.path.isfile(path) else None
     path = os.path.join(args.out, 'settings.json')
     if args.resume and os.path.isfile(path):
-        with open(path, encoding='utf-8') as file:
-            before = json.load(file)
+        try:
+            with open(path, encoding='utf-8') as file:
+                before = dict(json.load(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(f'cannot read {path} (--out): {error}; leave --resume out to make everything anew') from error
         differ = [f'--{name} was {before.get(name)}, is {value}' for name, value in settings.items()
                   if before.get(name) != value]
         if differ:
