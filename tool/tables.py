@@ -313,7 +313,7 @@ def check_settings(args):
             with open(path, encoding='utf-8') as file:
                 before = dict(json.load(file))
         except (OSError, ValueError, TypeError) as error:
-            raise BadInput(f'cannot read {path} (--out): {error}; leave --resume out to make everything anew') from error
+            raise BadInput(f'cannot read {path} (--out): {error}; leave --resume out to make all anew') from error
         differ = [f'--{name} was {before.get(name)}, is {value}' for name, value in settings.items()
                   if before.get(name) != value]
         if differ:
