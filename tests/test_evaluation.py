@@ -1,13 +1,16 @@
 """The evaluation against the reference's numbers."""
 import argparse
+import csv
 import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluation
 from conftest import GOLDEN, golden
-from tool import metrics, report
+from test_scripts import done, refused, run
+from tool import image_files, metrics, visualization
 
 
 @pytest.fixture(scope='module')
@@ -83,18 +86,178 @@ def test_workers_give_the_same_sums_as_one_process(g, tmp_path):
     assert (one == two).all() and one.sum() == 12 * sum((g[f'gt:{name}'] != 255).sum() for name in g['names'])
 
 
-def test_tables_average_over_seeds_and_the_classes_present(tmp_path, capsys):
-    log, t = tmp_path / 'log.txt', [0.1, 0.2, 0.3, 0.4]
-    for seed, curve in (1, [10, 40, 38.5, 12]), (0, [20, 29, 30, 29]):      # over 20 classes, of which half are there
-        means = {'mIoU': curve, 'mIoU_present': [2 * value for value in curve]}
-        means.update({key: [5, 6, 7, 8] for key in ('mFP', 'mFN', 'accuracy')})
-        evaluation.write_log(log, {**means, 't': t}, f'1 | baseline | {seed}')
-    numbers = {'mIoU': 35., 'mIoU_present': 35., 'mFP': 1., 'mFN': 2., 'accuracy': 3.}
-    evaluation.write_log(log, {'background': 50., **numbers}, '1 | + CRF, alpha 4.0 | 0')
-    report.write_tables(argparse.Namespace(logfile=log, out=str(tmp_path / 'tables')))
-    lines = (tmp_path / 'tables.md').read_text().splitlines()
-    assert lines[0] == '**Table: 1** (2 seeds)'
-    assert lines[-2:] == ['| baseline | 0.30, 0.20 | 0.20, 0.10 | 70.0 ± 14.1 | 13.0 ± 1.4 | 13.0 ± 1.4 | 47.43 |',
-                          '| + CRF, alpha 4.0 |  |  | 35.0 | 1.0 | 2.0 | 56.83 |']
-    assert '1,"baseline",1,0.2,0.1,80.0000,12.0000,12.0000,6.0000' in (tmp_path / 'tables.csv').read_text()
-    assert capsys.readouterr().out.splitlines() == lines
+def test_means_over_the_classes_present_and_over_chosen_ones():
+    matrix = np.zeros((5, 5), np.int64)         # 3 classes and the background; class 3 is predicted and nowhere
+    matrix[0, 0], matrix[1, 1], matrix[1, 3], matrix[2, 2], matrix[2, 0] = 6, 3, 1, 1, 1
+    means = metrics.mean_measures(matrix, chosen=[1, 2])
+    assert means['mIoU'] == pytest.approx((600 / 7 + 75 + 50 + 0) / 4)
+    assert means['mIoU_present'] == pytest.approx((600 / 7 + 75 + 50) / 3)
+    assert means['mIoU_chosen'] == pytest.approx(62.5) and means['mFN'] == pytest.approx(37.5)
+    assert metrics.mean_measures(matrix)['mFP'] == pytest.approx(100 / 7 / 3)       # of those present
+
+
+def test_suggested_alphas_stand_to_the_best_score_as_the_paper_s():
+    line = evaluation.suggest_alphas(.26, 1464)
+    assert '--crf_alpha 4.0 24.2' in line and 'infer_aff.py --alpha 6.0' in line and '1,464 images' in line
+    assert '--crf_alpha 0.1 0.1' in evaluation.suggest_alphas(.99, 1)      # no alpha of 0
+
+
+# ----- the script -----
+
+@pytest.fixture
+def data(tmp_path):
+    """Two images of 4x4: half background, half class 1, a pixel of 255; label maps equal to it, CAMs that are right
+    below a background score of 0.9."""
+    gt = np.zeros((4, 4), np.uint8)
+    gt[:2], gt[0, 0] = 1, 255
+    for folder in ('gt', 'pred', 'cam'):
+        (tmp_path / folder).mkdir()
+    for name in 'ab':
+        image_files.save_label_map(str(tmp_path / f'gt/{name}.png'), gt)
+        image_files.save_label_map(str(tmp_path / f'pred/{name}.png'), np.minimum(gt, 1))
+        np.save(tmp_path / f'cam/{name}.npy', {0: np.where(gt > 0, .9, .5).astype(np.float32)})
+    (tmp_path / 'list.txt').write_text('a\nb\n')
+    return tmp_path
+
+
+def score_script(data, *args, kind='png'):
+    return run(data, 'evaluation', '--list', 'list.txt', '--gt_dir', 'gt', '--predict_dir', 'pred' if kind == 'png' else
+               'cam', '--comment', 'x', '--num_workers', 0, '--type', kind, *args)
+
+
+def read_result(path):
+    with open(path, encoding='utf-8', newline='') as file:
+        return next(csv.DictReader(file))
+
+
+@pytest.mark.parametrize('folder, flag', [('gt', '--gt_dir'), ('pred', '--predict_dir')])
+def test_label_values_beyond_the_classes_are_warned_of(data, folder, flag):
+    labels = np.array(Image.open(data / folder / 'a.png'))
+    labels[3] = [21, 254, 254, 255]
+    image_files.save_label_map(str(data / folder / 'a.png'), labels)
+    lines = [line for line in done(score_script(data)).splitlines() if 'beyond' in line]
+    assert len(lines) == 1 and lines[0].startswith(f'warning: {folder} ({flag})')
+    assert '21, 254, in 3 pixels' in lines[0] and '20 classes' in lines[0]
+
+
+def test_predictions_of_another_class_list_are_warned_of(data):
+    (data / 'names.txt').write_text('cat\n')
+    image_files.save_label_map(str(data / 'pred/b.png'), np.arange(16).reshape(4, 4))
+    assert '2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ..., in 14 pixels' in done(score_script(data, '--class_names', 'names.txt'))
+
+
+def test_255_in_predictions_is_known(data):
+    image_files.save_label_map(str(data / 'pred/b.png'), np.full((4, 4), 255))
+    assert 'warning: pred' not in done(score_script(data))
+
+
+@pytest.mark.parametrize('name', ['logs', 'logs/', 'new/'])
+def test_a_folder_as_logfile_is_refused_before_the_work(data, name):
+    (data / 'logs').mkdir()
+    refused(score_script(data, '--logfile', name), '--logfile', 'folder')
+    assert not list(data.glob('*.csv'))
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
+def test_a_full_disk_under_the_log_loses_no_result(data):
+    result = score_script(data, '--logfile', '/dev/full', '--out_prefix', 'kept')
+    refused(result, '/dev/full', 'No space left')
+    assert 'accuracy:100.000%' in result.stdout
+    assert read_result(data / 'kept_result.csv')['mIoU_present'] == '100.0'
+    assert (data / 'kept_confusion.csv').is_file()
+
+
+def test_a_csv_that_cannot_be_written_loses_no_result(data):
+    (data / 'pred_result.csv').mkdir()
+    result = score_script(data)
+    refused(result, 'pred_result.csv')
+    assert 'accuracy:100.000%' in result.stdout and 'mIoU_present:' in (data / 'evallog.txt').read_text()
+
+
+@pytest.mark.parametrize('flags', [['--t', 'nan'], ['--t', 'inf'], ['--curve', '--t_list', '0.1', 'nan']])
+def test_background_scores_that_are_no_numbers(data, flags):
+    refused(score_script(data, *flags, kind='npy'), '--t', flags[-1])
+
+
+def test_curve_goes_on_where_its_best_point_is_near_the_end(data):
+    out = done(score_script(data, '--curve', kind='npy'))
+    lines = [line for line in out.splitlines() if 'background score: ' in line and '/' in line]
+    assert len(lines) == 100 and lines[0].startswith('0/60 ') and lines[59].startswith('59/60 background score: 0.590')
+    assert lines[99].startswith('99/100 background score: 0.990')
+    result = read_result(data / 'cam_result.csv')
+    assert (result['background_score'], result['plateau'], result['images']) == ('0.5', '0.39', '2')
+    assert len((data / 'cam_curve.csv').read_text().splitlines()) == 101
+
+
+def test_curve_ends_at_059_elsewhere(data):
+    for name in 'ab':
+        cam = np.load(data / f'cam/{name}.npy', allow_pickle=True).item()[0]
+        np.save(data / f'cam/{name}.npy', {0: cam - .3})
+    out = done(score_script(data, '--curve', kind='npy'))
+    assert out.count('/60 background score') == 60 and '/100' not in out
+
+
+def test_mean_over_chosen_classes(data):
+    out = done(score_script(data, '--mean_classes', 'background', 'bird'))
+    assert 'mIoU: 50.000%  over background, bird' in out
+    assert read_result(data / 'pred_result.csv')['mIoU_chosen'] == '50.0'
+    refused(score_script(data, '--mean_classes', 'bird', 'unicorn'), '--mean_classes unicorn')
+
+
+def test_a_formula_in_the_comment_does_not_end_the_curve(data):
+    pytest.importorskip('matplotlib')
+    assert visualization.draw_curve(str(data / 'c.png'), np.array([0., 1]), np.array([1., 2]), r'a $\frac$ b') is None
+    assert (data / 'c.png').is_file()
+    assert 'warning: no picture' in visualization.draw_curve(str(data / 'no/c.png'), np.zeros(1), np.zeros(1), '')
+
+
+# ----- pictures -----
+
+def test_a_strip_too_wide_for_jpeg_is_made_smaller(tmp_path):
+    visualization.save_picture(str(tmp_path / 'x.jpg'), [np.zeros((4, 3000, 3), np.uint8)] * 80, ['x'] * 80)
+    assert 60000 < Image.open(tmp_path / 'x.jpg').width <= 65500
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    visualization.save_picture(str(tmp_path / 'missing/x.jpg'), [np.zeros((4, 4, 3), np.uint8)], ['x'])
+    assert capsys.readouterr().out.startswith('warning: no picture ')
+
+
+def test_sheet_leaves_blank_what_is_missing(data):
+    (data / 'root/JPEGImages').mkdir(parents=True)
+    os.rename(data / 'gt', data / 'root/SegmentationClass')
+    for name in 'ab':
+        Image.new('RGB', (4, 4)).save(data / f'root/JPEGImages/{name}.jpg')
+    (data / 'list.txt').write_bytes(b'\xef\xbb\xbfa\r\n/JPEGImages/b.jpg x\r\nc\r\n')
+    (data / 'root/SegmentationClass/b.png').unlink()
+    np.save(data / 'cam/a.npy', {})
+    image_files.save_label_map(str(data / 'pred/b.png'), np.zeros((2, 2)))
+    flags = '--voc12_root', 'root', '--cam_dir', 'cam', '--label_dir', 'pred', '--out', 'sheet.png', '--list'
+    out = done(run(data, 'tool/visualization', *flags, 'list.txt')).splitlines()
+    assert sorted(line.split(':')[1] for line in out) == [f' 1 of 3 cells of {title} are left out' for title in
+                                                          ('cam', 'ground truth', 'image', 'pred')]
+    assert Image.open(data / 'sheet.png').size == (4 * 160, 24 + 2 * 160)
+    (data / 'none.txt').write_text('c\n')
+    refused(run(data, 'tool/visualization', *flags, 'none.txt'), 'nothing to draw', 'none.txt')
+    refused(run(data, 'tool/visualization', *flags, 'list.txt', '--count', 0), '--count')
+
+
+# ----- tool/report.py -----
+
+def test_trivial_answers_of_npz_and_of_images_without_class(data):
+    np.savez(data / 'cam/c.npz', **{'0': np.ones((3, 5), np.float32)})
+    np.save(data / 'cam/a.npy', {})
+    out = done(run(data, 'tool/report', 'trivial', '--cam_dir', 'cam', '--out_dir', 'out'))
+    assert out.startswith('warning: a in cam') and sorted(os.listdir(data / 'out/labels')) == ['b.png', 'c.png']
+    assert (np.asarray(Image.open(data / 'out/labels/c.png')) == np.ones((3, 5))).all()
+    refused(run(data, 'tool/report', 'trivial', '--cam_dir', 'gt', '--out_dir', 'out'), 'no CAM files', '--cam_dir')
+
+
+def test_table_of_a_log_with_entries_of_the_original(data):
+    (data / 'evallog.txt').write_text('2020-04-01 10:00:00\tlr 0.1\nbackground:0.9  mIoU:55.4  \n' + '=' * 37 + '\n')
+    refused(run(data, 'tool/report', 'table', '--logfile', 'evallog.txt'), 'no result', 'evallog.txt')
+    done(score_script(data, '--comment', 'two\nlines'))
+    done(score_script(data, '--curve', kind='npy'))
+    out = done(run(data, 'tool/report', 'table', '--logfile', 'evallog.txt')).splitlines()
+    assert out[0].startswith('warning: 1 entries of evallog.txt')
+    assert out[3:] == ['| two lines |  | 9.5 | 100.0 |', '| x | 0.5 | 9.5 | 100.0 |']

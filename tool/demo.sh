@@ -58,7 +58,7 @@ step "3. SEAM evaluation: the curve of mIoU over the background score"
 run tool/report.py trivial --cam_dir $out/cam --out_dir $out/trivial
 score --predict_dir $out/trivial/background --comment "trivial: all background" > /dev/null
 score --predict_dir $out/trivial/labels --comment "trivial: the label everywhere" > /dev/null
-score --predict_dir $out/plain_cam --type npy --curve True --comment "plain CAM" | tail -n 1
+score --predict_dir $out/plain_cam --type npy --curve True --comment "plain CAM" | grep "^best"
 score --predict_dir $out/cam --type npy --curve True --comment "SEAM CAM"
 for alpha in 2 4 8; do
     score --predict_dir $out/crf_$alpha.0 --type crf --comment "SEAM CAM + CRF, alpha $alpha"

@@ -45,17 +45,26 @@ def class_measures(matrix):
                  for count in (true_positive, prediction - true_positive, truth - true_positive))
 
 
-def mean_measures(matrix):
-    """Of int64 (..., K+1, K+1) confusion: dict of float64 (...) in percent. mIoU, mFP (over-activation) and mFN
-    (under-activation) are means over all K classes, as in the reference; mIoU_present is the mean over those that
-    occur in the ground truth (fewer in a small data set); accuracy counts pixels."""
+def mean_measures(matrix, chosen=None):
+    """Of int64 (..., K+1, K+1) confusion: dict of float64 (...) in percent.
+
+    mIoU is the mean over all K classes, as in the reference; mIoU_present over those that occur in the ground truth
+    (fewer in a small data set); mIoU_chosen, where there is a list `chosen` of class indices, over these. mFP
+    (over-activation) and mFN (under-activation) are means over the chosen classes, or those present; accuracy counts
+    pixels."""
     iou, false_positive, false_negative = class_measures(matrix)
-    present = matrix.sum(axis=-1)[..., :-1] > 0
+    present = matrix.sum(axis=-1)[..., :-1] > 0                         # (..., K)
+    counted = present if chosen is None else np.isin(np.arange(iou.shape[-1]), chosen)
+
+    def mean(values, classes):
+        return (values * classes).sum(axis=-1) / np.maximum(classes.sum(axis=-1), 1)
+
+    means = {'mIoU': iou.mean(axis=-1), 'mIoU_present': mean(iou, present)}
+    if chosen is not None:
+        means['mIoU_chosen'] = mean(iou, counted)
     pixels = np.maximum(matrix.sum(axis=(-2, -1)), 1)
-    return {'mIoU': iou.mean(axis=-1),
-            'mIoU_present': (iou * present).sum(axis=-1) / np.maximum(present.sum(axis=-1), 1),
-            'mFP': false_positive.mean(axis=-1), 'mFN': false_negative.mean(axis=-1),
-            'accuracy': np.trace(matrix, axis1=-2, axis2=-1) / pixels * 100}
+    return means | {'mFP': mean(false_positive, counted), 'mFN': mean(false_negative, counted),
+                    'accuracy': np.trace(matrix, axis1=-2, axis2=-1) / pixels * 100}
 
 
 def average_precision(scores, labels):

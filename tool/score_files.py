@@ -74,7 +74,7 @@ def load_scores(path, flag, kind):
     if kind == 'crf' and scores and sums_to_one(scores).mean() < 0.5:
         raise BadInput(f'{path} ({flag}) does not sum to 1 at most pixels, so its key 0 is a class and not background: '
                        'a CAM file where a CRF file is needed')
-    if kind == 'cam' and 0 in scores and sums_to_one(scores).all():
+    if kind == 'cam' and 0 in scores and len(scores) > 1 and sums_to_one(scores).all():
         raise BadInput(f'{path} ({flag}) sums to 1 at every pixel: a CRF file where a CAM file is needed')
     return {key: value.astype(np.float32) if value.dtype == np.float16 else value for key, value in scores.items()}
 

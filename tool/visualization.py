@@ -12,13 +12,18 @@ import sys
 import cv2
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 # `python tool/visualization.py` puts tool/ on the path, not the repository root
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool import image_files, imutils, score_files
-from tool.cli import check_dir, check_file, exit_on_bad_input
+from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.files import atomic_write
+from tool.lists import get_img_path, load_img_name_list
+
+MAX_SIDE = 65500        # pixels of a JPEG file
+MAX_CELL = 1030         # pixels of a picture that a run makes by the way
 
 
 def normalize_for_picture(cam):
@@ -42,7 +47,9 @@ def labels_on_image(img, labels):
 
 
 def contact_sheet(rows, titles, cell=160):
-    """uint8 RGB sheet: one row per list of uint8 (H, W, 3) pictures, shrunk or grown into square cells."""
+    """uint8 RGB sheet: one row per list of uint8 (H, W, 3) pictures, shrunk or grown into square cells; None leaves its
+    cell blank. cell: pixels of a cell's side, fewer where the sheet would be too wide for a JPEG file."""
+    cell = max(min(cell, MAX_SIDE // len(titles)), 8)
     header = np.full((24, cell * len(titles), 3), 255, np.uint8)
     for i, title in enumerate(titles):
         cv2.putText(header, title, (i * cell + 6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
@@ -50,38 +57,48 @@ def contact_sheet(rows, titles, cell=160):
     for row in rows:
         strip = np.full((cell, cell * len(titles), 3), 255, np.uint8)
         for i, picture in enumerate(row):
-            h, w = picture.shape[:2]
-            h, w = max(int(h * (cell - 6) / max(h, w)), 1), max(int(w * (cell - 6) / max(h, w)), 1)
+            if picture is None:
+                continue
+            factor = (cell - 6) / max(picture.shape[:2])
+            h, w = (max(int(side * factor), 1) for side in picture.shape[:2])
             strip[3:3 + h, i * cell + 3:i * cell + 3 + w] = cv2.resize(picture, (w, h), interpolation=cv2.INTER_AREA)
         strips.append(strip)
     return np.concatenate(strips)
 
 
 def save_picture(path, pictures, titles):
-    """Writes one row of pictures, uint8 (H, W, 3) RGB of one size, as a JPEG."""
-    sheet = contact_sheet([pictures], titles, cell=max(pictures[0].shape[:2]) + 6)
-    with atomic_write(path) as file:
-        Image.fromarray(sheet).save(file, format='JPEG', quality=90)
+    """Writes one row of pictures, uint8 (H, W, 3) RGB of one size, as a JPEG. A picture never ends a long run: where it
+    cannot be made or written, a line says so."""
+    try:
+        sheet = contact_sheet([pictures], titles, cell=min(max(pictures[0].shape[:2]) + 6, MAX_CELL))
+        with atomic_write(path) as file:
+            Image.fromarray(sheet).save(file, format='JPEG', quality=90)
+    except (BadInput, OSError, ValueError, MemoryError, cv2.error) as error:
+        tqdm.write(f'warning: no picture {path}: {" ".join(str(error).split())}')
 
 
 def draw_curve(path, background_scores, miou, title):
-    """PNG of mIoU (percent) over the background score, its best point marked. False where matplotlib is missing."""
+    """PNG of mIoU (percent) over the background score, its best point marked. Returns None, or a line that says why
+    there is no picture: it comes after hours of work, and must not end them."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    figure = Figure(figsize=(6, 4), layout='constrained')
-    axes = figure.subplots()
-    best = miou.argmax()
-    axes.plot(background_scores, miou)
-    axes.plot(background_scores[best], miou[best], 'o',
-              label=f'best: {miou[best]:.2f} at {background_scores[best]:.2f}')
-    axes.set(xlabel='background score', ylabel='mIoU (%)', title=title)
-    axes.legend()
-    axes.grid(alpha=.3)
-    with atomic_write(path) as file:
-        figure.savefig(file, format='png', dpi=120)
-    return True
+        return 'no picture of the curve: pip install matplotlib to get one'
+    try:
+        figure = Figure(figsize=(6, 4), layout='constrained')
+        axes = figure.subplots()
+        best = miou.argmax()
+        axes.plot(background_scores, miou)
+        axes.plot(background_scores[best], miou[best], 'o',
+                  label=f'best: {miou[best]:.2f} at {background_scores[best]:.2f}')
+        axes.set(xlabel='background score', ylabel='mIoU (%)')
+        axes.set_title(title, parse_math=False)         # a $ in it is no formula
+        axes.legend()
+        axes.grid(alpha=.3)
+        with atomic_write(path) as file:
+            figure.savefig(file, format='png', dpi=120)
+    except Exception as error:          # of a font, a damaged installation, the disk
+        return f'warning: no picture {path}: {" ".join(str(error).split())}'
 
 
 def open_writer(tblog_dir, log):
@@ -112,26 +129,41 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
 
 # ----- the command -----
 
-def draw_row(name, args):
-    """uint8 (H, W, 3) pictures of one image: itself, its ground truth where there is one, CAMs, CRFs, label maps."""
-    img = np.asarray(image_files.read_image(os.path.join(args.voc12_root, 'JPEGImages', name + '.jpg')))
-    row = [img]
-    if has_truth(args):
-        path = os.path.join(args.voc12_root, 'SegmentationClass', name + '.png')
-        row.append(labels_on_image(img, image_files.read_label_map(path, '--voc12_root')))
-    for folder in args.cam_dir:
-        cams = score_files.load_scores(os.path.join(folder, name + '.npy'), '--cam_dir', 'cam')
-        row.append(cam_on_image(img, np.max(list(cams.values()), axis=0)))
-    for folder in args.crf_dir:
-        scores = score_files.load_scores(os.path.join(folder, name + '.npy'), '--crf_dir', 'crf')
-        row.append(labels_on_image(img, score_files.strongest_label(scores)))
-    for folder in args.label_dir:
-        row.append(labels_on_image(img, image_files.read_label_map(os.path.join(folder, name + '.png'), '--label_dir')))
-    return row
+def draw_cell(kind, path, flag, img):
+    """uint8 (H, W, 3) picture of one file of labels or scores over its image. Raises BadInput."""
+    if kind == 'labels':
+        picture = image_files.read_label_map(path, flag)
+    else:
+        scores = score_files.load_scores(path, flag, kind)
+        if not scores:
+            raise BadInput(f'{path} ({flag}) has no class')
+        picture = score_files.strongest_label(scores) if kind == 'crf' else np.max(list(scores.values()), axis=0)
+    if picture.shape != img.shape[:2]:
+        raise BadInput(f'{path} ({flag}) is {picture.shape[0]}x{picture.shape[1]}, its image '
+                       f'{img.shape[0]}x{img.shape[1]}')
+    return cam_on_image(img, picture) if kind == 'cam' else labels_on_image(img, picture)
 
 
-def has_truth(args):
-    return os.path.isdir(os.path.join(args.voc12_root, 'SegmentationClass'))
+def draw_rows(names, columns, voc12_root):
+    """Rows of pictures, the image first, and dict title -> lines on what is missing or cannot be drawn.
+
+    columns: (title, kind, folder, file extension, flag) of what is drawn of every image.
+    """
+    rows, missing = [], {}
+    for name in names:
+        try:
+            img = np.asarray(image_files.read_image(get_img_path(name, voc12_root)))
+        except BadInput as error:
+            missing.setdefault('image', []).append(str(error))
+            continue
+        rows.append([img])
+        for title, kind, folder, extension, flag in columns:
+            try:
+                rows[-1].append(draw_cell(kind, os.path.join(folder, name + extension), flag, img))
+            except BadInput as error:
+                missing.setdefault(title, []).append(str(error))
+                rows[-1].append(None)
+    return rows, missing
 
 
 def get_args_parser():
@@ -147,15 +179,24 @@ def get_args_parser():
 
 
 def main(args):
-    check_file(args.list, '--list')
-    folders = args.cam_dir + args.crf_dir + args.label_dir
-    for folder in folders:
-        check_dir(folder, '--cam_dir, --crf_dir, --label_dir')
-    with open(args.list, encoding='utf-8') as file:
-        names = [os.path.splitext(os.path.basename(line.split()[0]))[0] for line in file if line.strip()]
-    titles = ['image'] + ['ground truth'] * has_truth(args) + [os.path.basename(os.path.abspath(folder))
-                                                               for folder in folders]
-    sheet = contact_sheet([draw_row(name, args) for name in names[:args.count]], titles)
+    check_range(args, 1, 1000, 'count')
+    columns = [(os.path.basename(os.path.abspath(folder)), kind, folder, extension, flag)
+               for folders, kind, extension, flag in ((args.cam_dir, 'cam', '.npy', '--cam_dir'),
+                                                      (args.crf_dir, 'crf', '.npy', '--crf_dir'),
+                                                      (args.label_dir, 'labels', '.png', '--label_dir'))
+               for folder in folders]
+    for _, _, folder, _, flag in columns:
+        check_dir(folder, flag)
+    truth = os.path.join(args.voc12_root, 'SegmentationClass')
+    if os.path.isdir(truth):
+        columns.insert(0, ('ground truth', 'labels', truth, '.png', '--voc12_root'))
+    names = load_img_name_list(args.list, '--list')[:args.count]
+    rows, missing = draw_rows(names, columns, args.voc12_root)
+    for title, lines in missing.items():
+        print(f'warning: {len(lines)} of {len(names)} cells of {title} are left out: {lines[0]}')
+    if not rows:
+        raise BadInput(f'nothing to draw: no image of {args.list} (--list) is in {args.voc12_root} (--voc12_root)')
+    sheet = contact_sheet(rows, ['image'] + [column[0] for column in columns])
     with atomic_write(args.out) as file:
         Image.fromarray(sheet).save(file, format='PNG', optimize=True)
 
