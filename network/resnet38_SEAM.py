@@ -36,7 +36,7 @@ class Net(resnet38d.Net):
     classifier = ('fc8.weight',)
     new_heads = (*classifier, 'f8_3.weight', 'f8_4.weight', 'f9.weight')
 
-    def __init__(self, num_classes=NUM_CLASSES, width=64):
+    def __init__(self, num_classes=NUM_CLASSES, width=64, pcm=True):
         super().__init__(width)
         self.dropout7 = nn.Dropout2d(0.5)
         self.fc8 = nn.Conv2d(64 * width, 1 + num_classes, 1, bias=False)
@@ -48,7 +48,7 @@ class Net(resnet38d.Net):
         nn.init.kaiming_normal_(self.f8_4.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)
         self.not_training = [self.conv1a, self.b2, self.b2_1, self.b2_2]
-        self.pcm = True
+        self.pcm = pcm
 
     def train(self, mode=True):
         """As `resnet38d.Net.train`; without PCM its layers are frozen too. Returns self."""

@@ -5,5 +5,5 @@ from network import resnet38_SEAM
 class Net(resnet38_SEAM.Net):
     """As `resnet38_SEAM.Net`, 16 channels after the first convolution."""
 
-    def __init__(self, num_classes=resnet38_SEAM.NUM_CLASSES):
-        super().__init__(num_classes, width=16)
+    def __init__(self, num_classes=resnet38_SEAM.NUM_CLASSES, pcm=True):
+        super().__init__(num_classes, width=16, pcm=pcm)

@@ -60,11 +60,20 @@ def contents(folder):
 
 # ----- going on -----
 
-def test_finished_files_are_left_alone(data):
-    times = {path: path.stat().st_mtime_ns for path in data.glob('c*/*.np?')}
-    result = cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred')
-    assert f'{len(names_of(data))} of {len(names_of(data))} images are finished' in done(result)
-    assert len(times) == 3 * len(names_of(data)) and times == {path: path.stat().st_mtime_ns for path in times}
+def test_finished_files_are_left_alone_with_resume_and_made_anew_without(data, tmp_path):
+    flags = '--out_cam', tmp_path / 'cam', '--out_crf', tmp_path / 'crf', '--out_cam_pred', tmp_path / 'pred'
+    for folder in ('cam', 'crf_4.0', 'crf_24.0', 'pred'):
+        shutil.copytree(data / folder, tmp_path / folder)
+    names = names_of(data)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/2*')}
+    assert len(times) == 4 * len(names)
+    assert f'{len(names)} of {len(names)} images are finished' in done(cams(data, *flags, '--resume'))
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    out = done(cams(data, *flags))
+    assert 'finished' not in out and 'other settings' not in out
+    assert all(times[path] < path.stat().st_mtime_ns for path in times)
+    for folder in ('cam', 'crf_4.0', 'crf_24.0', 'pred'):
+        assert contents(tmp_path / folder) == contents(data / folder)
 
 
 def test_what_is_missing_or_cut_is_made_again_to_the_bit(data, tmp_path):
@@ -75,52 +84,122 @@ def test_what_is_missing_or_cut_is_made_again_to_the_bit(data, tmp_path):
     crf.write_bytes(crf.read_bytes()[:-1000])
     (data / 'pred' / f'{names[2]}.png').write_bytes(b'')
     (data / 'rw' / f'{names[3]}.png').write_bytes((data / 'rw' / f'{names[3]}.png').read_bytes()[:-6])
-    out = done(cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred'))
+    out = done(cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred', '--resume'))
     assert f'{len(names) - 3} of {len(names)} images are finished' in out
-    assert f'{len(names) - 1} of {len(names)} images are finished' in done(walk(data))
+    assert f'{len(names) - 1} of {len(names)} images are finished' in done(walk(data, '--resume'))
     assert before == {folder: contents(data / folder) for folder in before}
 
 
-def test_folder_of_other_settings_is_refused_and_named(data):
-    refused(cams(data, '--out_cam', 'cam', '--scales', 0.5), 'cam (--out_cam)', 'scales was [1.0], is [0.5]',
-            '--overwrite')
-    refused(walk(data, '--beta', 4), 'rw (--out_rw)', 'beta was 8, is 4')
+def test_resume_in_a_folder_of_other_settings_is_refused_and_named(data):
+    before = contents(data / 'cam')
+    refused(cams(data, '--out_cam', 'cam', '--scales', 0.5, '--resume'), 'cam (--out_cam)',
+            'scales was [1.0], is [0.5]', '--resume')
+    refused(walk(data, '--beta', 4, '--resume'), 'rw (--out_rw)', 'beta was 8, is 4')
+    assert contents(data / 'cam') == before
 
 
-def test_results_of_unknown_settings_are_refused(data, tmp_path):
+def test_resume_on_results_of_unknown_settings_is_refused(data, tmp_path):
     (tmp_path / 'cam').mkdir()
     (tmp_path / 'cam' / 'x.npy').write_bytes(b'')
-    refused(cams(data, '--out_cam', tmp_path / 'cam'), 'results and no settings.json', '--overwrite')
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), 'no settings.json', '--resume')
+    (tmp_path / 'cam' / outputs.SETTINGS).write_text('{')
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), 'settings.json', '--resume')
+    assert 'other settings' in done(cams(data, '--out_cam', tmp_path / 'cam'))
+
+
+def test_resume_compares_what_a_folder_holds_and_not_how_its_path_is_spelled(data, tmp_path):
+    flags = '--out_rw', tmp_path / 'rw', '--ignore_crf', 'crf_4.0', 'crf_24.0'
+    done(walk(data, *flags))
+    everything = f'{len(names_of(data))} of {len(names_of(data))} images are finished'
+    moved = tmp_path / 'moved'
+    for folder in ('cam', 'crf_4.0', 'crf_24.0'):
+        shutil.copytree(data / folder, moved / folder)
+    shutil.copyfile(data / 'aff.pth', moved / 'aff.pth')
+    for root in ('.', './', f'{data}/../{data.name}', str(moved)):
+        assert everything in done(walk(data, '--resume', '--out_rw', tmp_path / 'rw' / '..' / 'rw/',
+                                       '--cam_dir', f'{root}/cam/', '--weights', f'{root}/aff.pth',
+                                       '--ignore_crf', f'{root}/crf_4.0/', f'{root}/crf_24.0'))
+    refused(walk(data, '--resume', '--out_rw', tmp_path / 'rw', '--ignore_crf', 'crf_24.0', 'crf_4.0'),
+            'ignore_crf LA alpha was 4.0, is 24.0')
 
 
 def test_walk_notices_that_the_cams_are_others(data, tmp_path):
+    flags = '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw', '--resume'
     shutil.copytree(data / 'cam', tmp_path / 'cam')
-    done(walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw'))
-    done(cams(data, '--out_cam', tmp_path / 'cam', '--scales', 0.5, '--overwrite'))
-    refused(walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw'), 'rw (--out_rw)', 'cams was')
+    done(walk(data, *flags))
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--scales', 0.5))
+    refused(walk(data, *flags), 'rw (--out_rw)', 'cam_dir scales was [1.0], is [0.5]')
 
 
-def test_overwrite_removes_what_is_there_first(data, tmp_path, monkeypatch):
-    """Else a run that is stopped in the middle would leave old results under new settings."""
-    shutil.copytree(data / 'cam', tmp_path / 'cam')
-    (tmp_path / 'cam' / f'{names_of(data)[0]}.npy').write_bytes(b'old.')
-    done(cams(data, '--out_cam', tmp_path / 'cam', '--overwrite', '--cam_format', 'npz'))
-    assert not list((tmp_path / 'cam').glob('*.npy')) and len(list((tmp_path / 'cam').glob('*.npz'))) == 7
-    old = [str(path) for path in (tmp_path / 'cam').glob('*.npz')]
-
-    def killed(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(outputs, 'atomic_write', killed)
-    with pytest.raises(KeyboardInterrupt):
-        outputs.open_folder(str(tmp_path / 'cam'), '--out_cam', {'scales': [2]}, True, old)
-    assert not list((tmp_path / 'cam').iterdir())
+def test_cams_of_another_program_are_told_apart_by_a_file(data, tmp_path):
+    for folder, source in (('a', 'cam'), ('b', 'anew')):
+        done(cams(data, '--out_cam', tmp_path / folder, '--scales', 1 if folder == 'a' else 0.5))
+        (tmp_path / folder / outputs.SETTINGS).unlink()
+    flags = '--out_rw', tmp_path / 'rw', '--resume'
+    done(walk(data, '--cam_dir', tmp_path / 'a', *flags))
+    assert 'finished' in done(walk(data, '--cam_dir', f'{tmp_path}/a/', *flags))
+    refused(walk(data, '--cam_dir', tmp_path / 'b', *flags), 'cam_dir first file was')
 
 
-def test_overwrite_makes_the_folder_anew(data):
-    done(cams(data, '--out_cam', 'anew', '--scales', 0.5))
-    done(cams(data, '--out_cam', 'anew', '--overwrite'))
-    a, b = contents(data / 'anew'), contents(data / 'cam')
-    assert json.loads(a.pop(outputs.SETTINGS))['scales'] == [1.0] and b.pop(outputs.SETTINGS) and a == b
+def test_starting_anew_says_so_and_replaces_file_by_file(data, tmp_path):
+    cam = tmp_path / 'cam'
+    done(cams(data, '--out_cam', cam, '--scales', 0.5))
+    (cam / 'other.npy').write_bytes(b'of another list.')
+    out = done(cams(data, '--out_cam', cam))
+    assert out.count('warning: ') == 1 and 'scales was [0.5], is [1.0]' in out
+    ours = contents(cam)
+    assert ours.pop('other.npy') and ours == contents(data / 'cam')
+    done(cams(data, '--out_cam', cam, '--cam_format', 'npz'))
+    assert [path.name for path in cam.glob('*.npy')] == ['other.npy'] and len(list(cam.glob('*.npz'))) == 7
+
+
+@pytest.mark.parametrize('kill_at', ['first file', 'settings', 'second rank'])
+def test_killed_while_starting_anew_leaves_no_old_file_that_passes_for_a_new_one(tmp_path, monkeypatch, kill_at):
+    names, folder = ['a', 'b', 'c'], str(tmp_path)
+
+    def open_folder(scales, names=names, resume=False):
+        result = outputs.ResultFolder(folder, '--out_cam', '.npy', {'scales': scales})
+        return result, outputs.open_folders([result], names, resume)
+
+    def write(result, names):
+        for name in names:
+            (tmp_path / f'{name}.npy').write_bytes(b'whole.')
+    write(*open_folder([1]))
+    assert open_folder([1], resume=True)[1] == []
+
+    if kill_at == 'settings':       # the dates are set, the settings are still the old ones
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+            patch.setattr(outputs, 'atomic_write', lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            open_folder([2])
+        assert open_folder([1], resume=True)[1] == names
+    elif kill_at == 'first file':
+        result, todo = open_folder([2])
+        assert todo == names and len(list(tmp_path.glob('*.npy'))) == 3     # the old ones can still be read
+        write(result, ['b'])
+        assert open_folder([2], resume=True)[1] == ['a', 'c']
+    else:                           # has not begun when the first one is killed
+        result, todo = open_folder([2], names=['a', 'c'])
+        write(result, ['a'])
+        assert open_folder([2], resume=True)[1] == ['b', 'c']
+        write(*open_folder([2], names=['b']))       # it begins later, anew: what the first one has made stays
+        assert open_folder([2], resume=True)[1] == ['c']
+
+
+def test_anew_after_an_edit_of_the_code_and_killed(tmp_path):
+    """The settings are the same, the results are not."""
+    result = outputs.ResultFolder(str(tmp_path), '--out_cam', '.npy', {})
+    for name in 'abc':
+        (tmp_path / f'{name}.npy').write_bytes(b'whole.')
+    outputs.open_folders([result], [], False)
+    outputs.open_folders([result], ['a', 'b'], False)
+    (tmp_path / 'a.npy').write_bytes(b'new.')
+    assert outputs.open_folders([result], ['a', 'b', 'c'], True) == ['b', 'c']
+
+
+def test_one_folder_for_two_outputs_is_refused(data, tmp_path):
+    refused(cams(data, '--out_cam', tmp_path / 'x', '--out_cam_pred', f'{tmp_path}/./x/'), '--out_cam', 'name another')
+    refused(walk(data, '--out_rw', f'{data}/cam'), '--out_rw', 'name another')
+    assert not (tmp_path / 'x').exists()
 
 
 @pytest.mark.parametrize('script', ['infer_SEAM', 'infer_aff'])
@@ -136,9 +215,9 @@ def test_killed_run_goes_on_to_the_same_result(data, script, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     if script == 'infer_SEAM':
-        done(cams(data, '--out_cam', folder))
+        done(cams(data, '--out_cam', folder, '--resume'))
     else:
-        done(walk(data, '--out_rw', folder))
+        done(walk(data, '--out_rw', folder, '--resume'))
     whole = {name: value for name, value in contents(folder).items() if not name.startswith('.')}
     assert whole == contents(data / {'infer_SEAM': 'cam', 'infer_aff': 'rw'}[script])
 
@@ -148,7 +227,7 @@ def test_full_disk_leaves_whole_files_alone(data, tmp_path, small_files):
     finished = contents(tmp_path / 'cam')
     assert finished.items() <= contents(data / 'cam').items() and len(finished) < len(names_of(data))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
-    done(cams(data, '--out_cam', tmp_path / 'cam'))
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--resume'))
     assert contents(tmp_path / 'cam') == contents(data / 'cam')
 
 
@@ -187,6 +266,8 @@ def test_ranks_share_the_list_and_end_with_the_same_files(data, tmp_path, monkey
         monkeypatch.setenv('RANK', rank)
         done(cams(data, '--out_cam', tmp_path / 'cam'))
     assert contents(tmp_path / 'cam') == contents(data / 'cam')
+    monkeypatch.delenv('WORLD_SIZE')
+    assert '7 of 7 images are finished' in done(cams(data, '--out_cam', tmp_path / 'cam', '--resume'))
 
 
 def test_crf_workers_write_the_same_bytes(data, tmp_path):
@@ -202,14 +283,6 @@ def test_crf_in_torch_gives_the_same_scores(data, tmp_path):
             ours, theirs = (load_scores(str(folder / f'crf_{alpha}/{name}.npy'), '', 'crf')
                             for folder in (tmp_path, data))
             assert list(ours) == list(theirs) and max(np.abs(ours[key] - theirs[key]).max() for key in ours) < 1e-3
-
-
-def test_without_pydensecrf_the_crf_runs_in_torch(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'pydensecrf', None)
-    monkeypatch.setitem(sys.modules, 'pydensecrf.densecrf', None)
-    assert crf.choose_crf_backend(None) == 'torch' and 'pydensecrf' in capsys.readouterr().out
-    with pytest.raises(BadInput, match='--crf_backend torch'):
-        crf.choose_crf_backend('pydensecrf')
 
 
 def test_error_in_a_worker_is_raised_and_no_more_is_submitted():
@@ -322,11 +395,9 @@ def test_pcm_in_blocks_equals_pcm_at_once(net, monkeypatch):
         assert torch.allclose(net(x)[1], whole, rtol=1e-5, atol=1e-6)
 
 
-def test_no_pcm_gives_the_plain_map_twice(net):
-    net.pcm = False
+def test_no_pcm_gives_the_plain_map_twice():
     with torch.no_grad():
-        cam, cam_rv = net(torch.randn(1, 3, 32, 32))
-    net.pcm = True
+        cam, cam_rv = slim_SEAM.Net(pcm=False).eval()(torch.randn(1, 3, 32, 32))
     assert torch.equal(cam, cam_rv)
 
 

@@ -66,6 +66,12 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.float16 if amp == 'fp16' else torch.bfloat16, enabled=amp != 'off')
 
 
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out: Python's and NumPy's, PyTorch's on a CPU, on a GPU."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or isinstance(error, RuntimeError) and 'DefaultCPUAllocator' in str(error))
+
+
 def use_deterministic():
     """Makes CUDA compute the same bits from the same numbers, for `--deterministic`."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
