@@ -21,7 +21,7 @@ from tool.workers import BoundedPool
 from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
 
-LARGE_VIEW = 3 * 360 * 360      # above this a view and its mirror go one by one: a batch takes memory, no less time
+LARGE_VIEW = 3 * 360 * 360      # numbers; batching a larger view with its mirror needs twice the memory, no less time
 
 
 def grad_cam(net, x, plus):
@@ -44,7 +44,8 @@ def class_maps(net, x, kind):
     """Raw maps (N, 1+C, h, w) of normalised images (N, 3, H, W): what `--map` asks for, at the size of the features."""
     if kind.startswith('gradcam'):
         return grad_cam(net, x, plus=kind == 'gradcam++')
-    return net.class_maps(x)[kind == 'cam_rv']
+    cam, cam_rv = net.class_maps(x)
+    return cam_rv if kind == 'cam_rv' else cam
 
 
 @torch.inference_mode()
@@ -58,10 +59,10 @@ def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device=
     total = np.zeros((len(classes), *size), np.float32)
     for view, mirrored in zip(views[::2], views[1::2]):
         x = torch.stack([view, mirrored] if flip else [view]).to(device, non_blocking=True)
+        batch = 1 if view.numel() > LARGE_VIEW else 2
         with autocast(x.device, amp):
-            cam = torch.cat([class_maps(net, part, kind)[:, 1:][:, classes]
-                             for part in x.split(1 if view.numel() > LARGE_VIEW else 2)])
-        cam = cam.float()                                                          # (2, classes, h, w)
+            cam = torch.cat([class_maps(net, part, kind) for part in x.split(batch)])
+        cam = cam[:, 1:][:, classes].float()                                       # (2, classes, h, w)
         cam = F.interpolate(cam, x.shape[2:], mode='bilinear', align_corners=True)
         cam = F.interpolate(cam, size, mode='bilinear', align_corners=False).cpu().numpy()
         total += cam[0]
@@ -70,13 +71,13 @@ def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device=
     return total
 
 
-def compute_cams(net, views, label, size, args, device):
+def compute_cams(net, name, views, label, size, args, device):
     """CAM dict {class: float32 (H, W)} of the classes in an image's multi-hot label (C,), as it is saved: see
     `multi_scale_cam` and `normalize_cam`. Raises BadInput for NaN and infinite maps."""
     classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
     cam = multi_scale_cam(net, views, classes, size, args.map, args.flip, device, args.amp)
     if not np.isfinite(cam).all():
-        raise BadInput(f'the network gives NaN or infinite maps (--weights {args.weights}, --amp {args.amp})')
+        raise BadInput(f'the maps of {name} are NaN or infinite (--weights {args.weights}, --amp {args.amp})')
     return dict(zip(classes, normalize_cam(cam)))
 
 
@@ -195,7 +196,7 @@ def check_args(args):
 def make_dataset(args, class_names):
     """Names with views and labels of the images for the network; with --cam_dir names and images."""
     if args.cam_dir:
-        return VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.asarray)
+        return VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.array)
     return VOC12ClsDatasetMSF(args.infer_list, voc12_root=args.voc12_root, scales=args.scales,
                               inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
                               cls_labels=args.cls_labels, class_names=class_names)
@@ -220,6 +221,7 @@ def result_folders(args, class_names):
                         cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
     of_dicts = {**settings, 'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}
     extension = '.' + args.cam_format
+    alphas = args.crf_alpha if args.out_crf else []
     cam_folder = label_folder = None
     if args.out_cam:
         cam_folder = ResultFolder(args.out_cam, '--out_cam', extension, of_dicts)
@@ -228,7 +230,7 @@ def result_folders(args, class_names):
                                     {**settings, 'background_score': args.out_cam_pred_alpha})
     crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
                                 {**of_dicts, 'alpha': alpha, 'crf': crf.describe_crf()})      # the backends are equal
-                   for alpha in (args.crf_alpha if args.out_crf else [])]
+                   for alpha in alphas]
     return cam_folder, label_folder, crf_folders
 
 
@@ -259,7 +261,8 @@ def main(args):
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == 'cuda')
-    errors, space = Errors(args.on_error, 'smaller --scales, --amp bf16; for the CRF on a GPU --crf_backend pydensecrf'), SpaceCheck(len(todo))
+    errors = Errors(args.on_error, 'smaller --scales, --amp bf16; for the CRF on a GPU --crf_backend pydensecrf')
+    space = SpaceCheck(len(todo))
 
     # ----- inference -----
     with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
@@ -272,7 +275,7 @@ def main(args):
                     cam_dict = score_files.load_cams(args.cam_dir, name, orig_img.shape[:2], len(class_names))
                 else:
                     orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
-                    cam_dict = compute_cams(net, *item[1:], orig_img.shape[:2], args, device)
+                    cam_dict = compute_cams(net, *item, orig_img.shape[:2], args, device)
                 if cam_folder:
                     score_files.save_scores(cam_folder.file(name), cam_dict, args.cam_dtype)
                 if label_folder:

@@ -167,7 +167,7 @@ def label_folder(args):
     return ResultFolder(args.out_rw, '--out_rw', '.png', settings)
 
 
-def walk_image(net, img, cam_dict, args, device):
+def walk_image(net, name, img, cam_dict, args, device):
     """The random walk of one image. img: normalised (3, H, W), sides multiples of STRIDE; cam_dict: its CAMs, up to
     STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first.
     Raises BadInput for a walk that ends in NaN or infinite scores."""
@@ -177,16 +177,20 @@ def walk_image(net, img, cam_dict, args, device):
     radius = fit_radius(*scores.shape[1:], net.radius)
     scores = random_walk(scores, aff.float(), radius, args.beta, args.logt)
     if not scores.isfinite().all():
-        raise BadInput('the random walk ends in NaN or infinite scores '
+        raise BadInput(f'the random walk of {name} ends in NaN or infinite scores '
                        f'(--weights {args.weights}, --cam_dir {args.cam_dir}, --amp {args.amp})')
     return F.interpolate(scores[None], img.shape[1:], mode='bilinear', align_corners=False)[0].cpu().numpy()
 
 
-def save_picture(path, img_path, label_path):
-    """Writes an image and its pseudo label side by side."""
-    img = np.asarray(image_files.read_image(img_path))
-    labels = visualization.labels_on_image(img, image_files.read_label_map(label_path, '--out_rw'))
-    visualization.save_picture(path, [img, labels], ['image', 'label'])
+def save_pictures(names, folder, args):
+    """Writes images and their pseudo labels side by side."""
+    for name in names:
+        if not os.path.isfile(folder.file(name)):       # it was skipped, or is another rank's
+            continue
+        with no_more_than_a_warning(f'no picture of {name}'):
+            img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
+            labels = visualization.labels_on_image(img, image_files.read_label_map(folder.file(name), '--out_rw'))
+            visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [img, labels], ['image', 'label'])
 
 
 @torch.inference_mode()
@@ -198,8 +202,9 @@ def main(args):
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root,
                                 transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
     names = dataset.img_name_list
-    for name in names if args.on_error == 'stop' else ():
-        score_files.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
+    if args.on_error == 'stop':         # better now than after hours
+        for name in names:
+            score_files.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
     net = load_network(args, device)
 
     # ----- outputs -----
@@ -225,15 +230,12 @@ def main(args):
                 if args.ignore_crf:
                     ignored = crf_disagreement(name, args.ignore_crf, (h, w))
                 img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
-                scores = walk_image(net, img, cam_dict, args, device)
+                scores = walk_image(net, name, img, cam_dict, args, device)
                 present = [0] + [key + 1 for key in sorted(cam_dict)]
                 pool.submit(write_labels, folder.file(name), scores, present, img.numpy(), ignored, args, num_classes,
                             backend, device, name=name)
-    for name in names[:args.vis_count] if args.vis_dir else ():
-        if os.path.isfile(folder.file(name)):       # else it was skipped, or is another rank's
-            with no_more_than_a_warning(f'no picture of {name}'):
-                save_picture(os.path.join(args.vis_dir, name + '.jpg'), get_img_path(name, args.voc12_root),
-                             folder.file(name))
+    if args.vis_dir:
+        save_pictures(names[:args.vis_count], folder, args)
     warn_of_background(pool.results, folder.path, '--alpha')
     sys.exit(errors.report())
 

@@ -86,8 +86,10 @@ class ResultFolder:
                   + '; '.join(differences))
         if not resume:
             try:
-                for path in set(there) if differences else set(there) & {self.file(name) for name in names}:
-                    os.utime(path, (0, 0))
+                ours = {self.file(name) for name in names}
+                for path in there:
+                    if differences or path in ours:
+                        os.utime(path, (0, 0))
             except OSError as error:
                 raise BadInput(f'cannot make {self.path} ({self.flag}) anew: {error}; name another folder') from error
         with atomic_write(os.path.join(self.path, SETTINGS)) as file:

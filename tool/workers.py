@@ -15,7 +15,7 @@ from tool.cli import BadInput
 def available_cores():
     """Processor cores that this process may use: those of its affinity mask, or fewer where a cgroup limits it, shared
     with the other ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     cores = max(cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
     try:
         with open('/sys/fs/cgroup/cpu.max', encoding='ascii') as file:
