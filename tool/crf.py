@@ -7,6 +7,8 @@ import numpy as np
 from tool.cli import BadInput
 from tool.workers import available_cores
 
+ITERATIONS = 10         # of mean field
+
 
 class Kernels(NamedTuple):
     """The Gaussian kernels of the CRF: those of AffinityNet, which the published numbers are of."""
@@ -17,7 +19,7 @@ class Kernels(NamedTuple):
     compat_bilateral: float = 10    # weight
 
 
-def describe_crf(t=10, kernels=Kernels()):
+def describe_crf(t=ITERATIONS, kernels=Kernels()):
     """The numbers of a CRF, for the settings of a result folder."""
     return {'iterations': t, **kernels._asdict()}
 
@@ -51,7 +53,8 @@ def choose_crf_workers(workers, backend, device):
     return workers
 
 
-def crf_inference(img, probs, t=10, scale_factor=1, labels=None, kernels=Kernels(), backend='pydensecrf', device='cpu'):
+def crf_inference(img, probs, t=ITERATIONS, scale_factor=1, labels=None, kernels=Kernels(), backend='pydensecrf',
+                  device='cpu'):
     """The dense CRF of one set of scores, float32 (labels, H, W), whose number may be left out: see `crf_inferences`.
     Returns float32 (labels, H, W)."""
     if labels is not None and len(probs) != labels:
@@ -59,7 +62,8 @@ def crf_inference(img, probs, t=10, scale_factor=1, labels=None, kernels=Kernels
     return crf_inferences(img, [probs], t, scale_factor, kernels, backend, device)[0]
 
 
-def crf_inferences(img, several_probs, t=10, scale_factor=1, kernels=Kernels(), backend='pydensecrf', device='cpu'):
+def crf_inferences(img, several_probs, t=ITERATIONS, scale_factor=1, kernels=Kernels(), backend='pydensecrf',
+                   device='cpu'):
     """Fully connected CRF (Kraehenbuehl and Koltun 2011) for several sets of scores of one image: its filters are set
     up once.
 
