@@ -12,15 +12,16 @@ from tqdm import tqdm
 
 from network.weights import load_weights
 from tool import crf, image_files, imutils, score_files, visualization
-from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
-from tool.outputs import Errors, SkipBad, SpaceCheck, is_whole, open_folder
-from tool.workers import BoundedPool, available_cores
-from voc12.data import VOC12ClsDatasetMSF
+from tool.outputs import (Errors, ResultFolder, SkipBad, SpaceCheck, describe_folder, no_more_than_a_warning,
+                          open_folders, warn_of_background)
+from tool.workers import BoundedPool
+from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
 
-LARGE_VIEW = 3 * 360 * 360      # above this a view and its mirror go one by one: a batch takes memory, no less time
+LARGE_VIEW = 3 * 360 * 360      # numbers; batching a larger view with its mirror needs twice the memory, no less time
 
 
 def grad_cam(net, x, plus):
@@ -43,7 +44,8 @@ def class_maps(net, x, kind):
     """Raw maps (N, 1+C, h, w) of normalised images (N, 3, H, W): what `--map` asks for, at the size of the features."""
     if kind.startswith('gradcam'):
         return grad_cam(net, x, plus=kind == 'gradcam++')
-    return net.class_maps(x)[kind == 'cam_rv']
+    cam, cam_rv = net.class_maps(x)
+    return cam_rv if kind == 'cam_rv' else cam
 
 
 @torch.inference_mode()
@@ -57,16 +59,26 @@ def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device=
     total = np.zeros((len(classes), *size), np.float32)
     for view, mirrored in zip(views[::2], views[1::2]):
         x = torch.stack([view, mirrored] if flip else [view]).to(device, non_blocking=True)
+        batch = 1 if view.numel() > LARGE_VIEW else 2
         with autocast(x.device, amp):
-            cam = torch.cat([class_maps(net, part, kind)[:, 1:][:, classes]
-                             for part in x.split(1 if view.numel() > LARGE_VIEW else 2)])
-        cam = cam.float()                                                          # (2, classes, h, w)
+            cam = torch.cat([class_maps(net, part, kind) for part in x.split(batch)])
+        cam = cam[:, 1:][:, classes].float()                                       # (2, classes, h, w)
         cam = F.interpolate(cam, x.shape[2:], mode='bilinear', align_corners=True)
         cam = F.interpolate(cam, size, mode='bilinear', align_corners=False).cpu().numpy()
         total += cam[0]
         if flip:
             total += cam[1, ..., ::-1]
     return total
+
+
+def compute_cams(net, name, views, label, size, args, device):
+    """CAM dict {class: float32 (H, W)} of the classes in an image's multi-hot label (C,), as it is saved: see
+    `multi_scale_cam` and `normalize_cam`. Raises BadInput for NaN and infinite maps."""
+    classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
+    cam = multi_scale_cam(net, views, classes, size, args.map, args.flip, device, args.amp)
+    if not np.isfinite(cam).all():
+        raise BadInput(f'the maps of {name} are NaN or infinite (--weights {args.weights}, --amp {args.amp})')
+    return dict(zip(classes, normalize_cam(cam)))
 
 
 def normalize_cam(cam):
@@ -90,14 +102,18 @@ def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cp
     with np.errstate(over='ignore'):    # a nearly flat map can be far below 0; the CRF clips the score to 1
         backgrounds = [np.power(1 - maps.max(axis=0, keepdims=True), alpha) for alpha in alphas]
     posteriors = crf.crf_inferences(orig_img, [np.concatenate([background, maps]) for background in backgrounds],
-                                        backend=backend, device=device)
+                                    backend=backend, device=device)
     return [dict(zip([0] + [key + 1 for key in cam_dict], posterior)) for posterior in posteriors]
 
 
 def write_crf(cam_dict, alphas, orig_img, paths, dtype, backend, device):
-    """Writes the CRF scores of one image, a file for each alpha; the job of a worker process."""
+    """Writes the CRF scores of one image, a file for each alpha; the job of a worker process. Returns for each alpha
+    the share of pixels that are background."""
+    shares = []
     for path, scores in zip(paths, crf_with_alphas(cam_dict, alphas, orig_img, backend, device)):
         score_files.save_scores(path, scores, dtype)
+        shares.append((score_files.strongest_label(scores) == 0).mean())
+    return shares
 
 
 def label_map(cam_dict, background_score):
@@ -119,7 +135,7 @@ def get_args_parser():
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    parser.add_argument('--weights', required=True, help='trained .pth')
+    parser.add_argument('--weights', help='trained .pth; needed without --cam_dir')
     parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
     parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
     parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
@@ -129,6 +145,8 @@ def get_args_parser():
                         help='factors of the image size (the scale table)')
     parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
                         help='1: each scale is run with its mirror image; 0: without')
+    parser.add_argument('--cam_dir', help='finished CAM dicts, an --out_cam folder, in place of the network: for '
+                                          '--out_crf and --out_cam_pred with other settings')
     parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
                         help='the map refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
     parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
@@ -151,7 +169,8 @@ def get_args_parser():
     parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
     parser.add_argument('--vis_count', default=20, type=int,
                         help='how many images of the list get one; those that are finished already get none')
-    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--resume', action='store_true',
+                        help='keep finished files, in folders of the same settings; without it all are made anew')
     parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
                         help='skip: go on past a bad image, list it at the end, exit code 3')
     return parser
@@ -160,13 +179,68 @@ def get_args_parser():
 def check_args(args):
     if not (args.out_cam or args.out_crf or args.out_cam_pred):
         raise BadInput('nothing to write: give --out_cam, --out_crf or --out_cam_pred')
-    if args.out_cam and args.out_cam == args.out_cam_pred:
-        raise BadInput(f'--out_cam and --out_cam_pred are one folder, {args.out_cam}')
+    if args.cam_dir:
+        check_dir(args.cam_dir, '--cam_dir')
+        if args.weights or args.out_cam:
+            raise BadInput(f'--cam_dir has the CAMs already: leave {"--weights" if args.weights else "--out_cam"} out')
+    elif not args.weights:
+        raise BadInput('the CAMs need --weights, or --cam_dir where they are finished')
+    else:
+        check_file(args.weights, '--weights')
     check_range(args, 0.01, 100, 'scales', 'crf_alpha')
     check_range(args, 0, 256, 'num_workers')
-    check_file(args.weights, '--weights')
     if args.out_crf and len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
         raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
+
+
+def make_dataset(args, class_names):
+    """Names with views and labels of the images for the network; with --cam_dir names and images."""
+    if args.cam_dir:
+        return VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.array)
+    return VOC12ClsDatasetMSF(args.infer_list, voc12_root=args.voc12_root, scales=args.scales,
+                              inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
+                              cls_labels=args.cls_labels, class_names=class_names)
+
+
+def load_network(args, num_classes, device):
+    net = import_network(args.network, 'PCM').Net(num_classes=num_classes,
+                                                  pcm=args.pcm == 'on' and args.map == 'cam_rv')
+    load_weights(net, args.weights)
+    # faster on a CPU, by a fifth; not measured on GPUs
+    layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
+    return net.eval().to(device, memory_format=layout)
+
+
+def result_folders(args, class_names):
+    """The ResultFolders of the CAMs, the label maps (None for what is not asked for), and each CRF alpha (a list)."""
+    if args.cam_dir:
+        settings = describe_folder(args.cam_dir, 'cam_dir')
+    else:
+        settings = {key: getattr(args, key) for key in ('network', 'scales', 'flip', 'map', 'pcm', 'amp')}
+        settings.update(weights=file_digest(args.weights), class_names=class_names,
+                        cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
+    of_dicts = {**settings, 'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}
+    extension = '.' + args.cam_format
+    alphas = args.crf_alpha if args.out_crf else []
+    cam_folder = label_folder = None
+    if args.out_cam:
+        cam_folder = ResultFolder(args.out_cam, '--out_cam', extension, of_dicts)
+    if args.out_cam_pred:
+        label_folder = ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png',
+                                    {**settings, 'background_score': args.out_cam_pred_alpha})
+    crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
+                                {**of_dicts, 'alpha': alpha, 'crf': crf.describe_crf()})      # the backends are equal
+                   for alpha in alphas]
+    return cam_folder, label_folder, crf_folders
+
+
+def save_picture(path, orig_img, cam_dict, class_names, background_score):
+    """Writes the image, its maps and their labels side by side."""
+    labels = label_map(cam_dict, background_score)
+    visualization.save_picture(
+        path, [orig_img, *(visualization.cam_on_image(orig_img, cam) for cam in cam_dict.values()),
+               visualization.labels_on_image(orig_img, labels)],
+        ['image', *(class_names[key] for key in cam_dict), f'at {background_score}'])
 
 
 def main(args):
@@ -174,82 +248,49 @@ def main(args):
     class_names = load_class_names(args.class_names)
     device = get_device(args.device, args.tf32)
     backend = crf.choose_crf_backend(args.crf_backend) if args.out_crf else None
-    crf_dirs = [f'{args.out_crf}_{alpha:.1f}' for alpha in args.crf_alpha] if args.out_crf else []
+    dataset = make_dataset(args, class_names)
+    net = None if args.cam_dir else load_network(args, len(class_names), device)
 
-    # ----- data and network -----
-    dataset = VOC12ClsDatasetMSF(args.infer_list, voc12_root=args.voc12_root, scales=args.scales,
-                                 inter_transform=transforms.Compose([np.asarray, imutils.normalize,
-                                                                     imutils.HWC_to_CHW]),
-                                 cls_labels=args.cls_labels, class_names=class_names)
-    net = import_network(args.network, 'PCM').Net(num_classes=len(class_names),
-                                                  pcm=args.pcm == 'on' and args.map == 'cam_rv')
-    load_weights(net, args.weights)
-    # faster on a CPU, by a fifth; not measured on GPUs
-    net.eval().to(device, memory_format=torch.channels_last if device.type == 'cpu' else torch.contiguous_format)
-
-    # ----- outputs: what is finished is left alone -----
-    names = dataset.img_name_list
-    rank, ranks = get_rank()
-    mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
-    settings = {key: getattr(args, key) for key in ('network', 'scales', 'flip', 'map', 'pcm', 'amp')}
-    settings.update(weights=file_digest(args.weights), class_names=class_names,
-                    cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
-    dicts = {'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}     # the CRF backends are equal
-    for folder, flag, more in ((args.out_cam, '--out_cam', dicts),
-                               (args.out_cam_pred, '--out_cam_pred', {'background_score': args.out_cam_pred_alpha}),
-                               *((folder, '--out_crf', {**dicts, 'alpha': alpha})
-                                 for folder, alpha in zip(crf_dirs, args.crf_alpha))):
-        if folder:
-            ends = ['.png'] if flag == '--out_cam_pred' else ['.npy', '.npz']       # either format may be there
-            open_folder(folder, flag, {**settings, **more}, args.overwrite,
-                        [os.path.join(folder, names[index] + end) for index in mine for end in ends])
-
-    def outputs(name):
-        """Paths of the files of one image: CAM, label map, CRFs; None for what is not asked for."""
-        return [folder and os.path.join(folder, name + end) for folder, end in
-                ((args.out_cam, '.' + args.cam_format), (args.out_cam_pred, '.png'),
-                 *((folder, '.' + args.cam_format) for folder in crf_dirs))]
-
-    todo = [index for index in mine if not all(is_whole(path) for path in outputs(names[index]) if path)]
-    if len(todo) < len(mine):
-        print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')
-    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda')
-    workers = args.crf_workers
-    if workers is None:
-        workers = available_cores() if device.type == 'cuda' else 0
-    if not crf_dirs or backend == 'torch':
-        workers = 0
-    pictured = set(names[:args.vis_count]) if args.vis_dir else ()
+    # ----- outputs -----
+    cam_folder, label_folder, crf_folders = result_folders(args, class_names)
+    folders = [folder for folder in (cam_folder, label_folder, *crf_folders) if folder]
+    rank, ranks = get_rank()        # the list is shared out first: ranks look at different times at what is finished
+    todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume, [args.cam_dir])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
-    errors, space = Errors(args.on_error), SpaceCheck(len(todo))
+    pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
+    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
+                        pin_memory=device.type == 'cuda')
+    errors = Errors(args.on_error, 'smaller --scales, --amp bf16; for the CRF on a GPU --crf_backend pydensecrf')
+    space = SpaceCheck(len(todo))
 
     # ----- inference -----
-    with BoundedPool(workers) as pool:
-        for item in tqdm(loader, desc='CAM', dynamic_ncols=True, disable=None):
-            if isinstance(item, BadInput):
-                errors.add(item)
-                continue
-            name, views, label = item
-            orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
-            classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
-            cam = multi_scale_cam(net, views, classes, orig_img.shape[:2], args.map, args.flip, device, args.amp)
-            cam_dict = dict(zip(classes, normalize_cam(cam)))
-            cam_path, label_path, *crf_paths = outputs(name)
-            if cam_path:
-                score_files.save_scores(cam_path, cam_dict, args.cam_dtype)
-            if label_path:
-                image_files.save_label_map(label_path, label_map(cam_dict, args.out_cam_pred_alpha))
-            if crf_paths:
-                pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, crf_paths, args.cam_dtype,
-                            backend, device)
-            space.add([path for path in outputs(name) if path])
-            if name in pictured:
-                visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [
-                    orig_img, *(visualization.cam_on_image(orig_img, cam) for cam in cam_dict.values()),
-                    visualization.labels_on_image(orig_img, label_map(cam_dict, args.out_cam_pred_alpha))],
-                    ['image', *(class_names[key] for key in cam_dict), f'at {args.out_cam_pred_alpha}'])
+    with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
+        for item, name in zip(tqdm(loader, desc='CAM', dynamic_ncols=True, disable=None), todo):
+            with errors.caught(name):
+                if isinstance(item, Exception):
+                    raise item
+                if args.cam_dir:
+                    orig_img = item[1].numpy()
+                    cam_dict = score_files.load_cams(args.cam_dir, name, orig_img.shape[:2], len(class_names))
+                else:
+                    orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
+                    cam_dict = compute_cams(net, *item, orig_img.shape[:2], args, device)
+                if cam_folder:
+                    score_files.save_scores(cam_folder.file(name), cam_dict, args.cam_dtype)
+                if label_folder:
+                    image_files.save_label_map(label_folder.file(name), label_map(cam_dict, args.out_cam_pred_alpha))
+                if name in pictured:
+                    with no_more_than_a_warning(f'no picture of {name}'):
+                        save_picture(os.path.join(args.vis_dir, name + '.jpg'), orig_img, cam_dict, class_names,
+                                     args.out_cam_pred_alpha)
+                if crf_folders:
+                    paths = [folder.file(name) for folder in crf_folders]
+                    pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, paths, args.cam_dtype, backend, device,
+                                name=name)
+                space.add([folder.file(name) for folder in folders])
+    for index, folder in enumerate(crf_folders):
+        warn_of_background([shares[index] for shares in pool.results], folder.path, '--crf_alpha')
     sys.exit(errors.report())
 
 

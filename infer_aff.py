@@ -17,10 +17,13 @@ from tool.affinity_pairs import fit_radius, pair_indices
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir, str2bool
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
-from tool.outputs import Errors, SkipBad, is_whole, open_folder, read_settings
-from tool.workers import BoundedPool, available_cores
+from tool.outputs import (Errors, ResultFolder, SkipBad, describe_folder, no_more_than_a_warning, open_folders,
+                          warn_of_background)
+from tool.workers import BoundedPool
 from voc12.data import STRIDE, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
+
+CRF_ITERATIONS = 1
 
 
 def class_scores(cam_dict, alpha, size):
@@ -60,18 +63,6 @@ def random_walk(scores, aff, radius, beta, logt):
     return scores.T.reshape(k, h, w)
 
 
-def read_cams(name, cam_dir, size, num_classes):
-    """The CAM dict of an image of size (h, w). Raises BadInput for one that does not fit it or the classes."""
-    path = os.path.join(cam_dir, name + '.npy')
-    cam_dict = score_files.load_scores(path, '--cam_dir', 'cam')
-    if not cam_dict or max(cam_dict) >= num_classes:
-        raise BadInput(f'{path} (--cam_dir) has the classes {list(cam_dict)}, not some of 0..{num_classes - 1} '
-                       '(--class_names)')
-    if any(class_map.shape != size for class_map in cam_dict.values()):
-        raise BadInput(f'{path} (--cam_dir) does not fit the image, which is {size[0]}x{size[1]}')
-    return cam_dict
-
-
 def crf_disagreement(name, folders, size):
     """bool, of size (H, W): where the labels of two CRF folders differ. Raises BadInput for files that do not fit."""
     labels = []
@@ -89,18 +80,21 @@ def write_labels(path, scores, present, img, ignored, args, num_classes, backend
 
     scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
     image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case.
+    Returns the share of pixels that are background.
     """
     if args.crf:        # with all classes, as in the reference: the absent ones have score 0
         everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
         everything[present] = scores
-        scores = crf.crf_inference(imutils.denormalize(img), everything, t=1, backend=backend,
-                                       device=device)[present]
+        scores = crf.crf_inference(imutils.denormalize(img), everything, CRF_ITERATIONS, backend=backend,
+                                   device=device)[present]
     h, w = ignored.shape
     scores = scores[:, :h, :w]
     labels = np.array(present)[scores.argmax(axis=0)]
+    share = (labels == 0).mean()
     unsure = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
     labels[ignored | unsure] = image_files.IGNORE
     image_files.save_label_map(path, labels)
+    return share
 
 
 def get_args_parser():
@@ -138,7 +132,8 @@ def get_args_parser():
                         help='write 255 where the labels of these two CRF folders of infer_SEAM.py differ')
     parser.add_argument('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
     parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
-    parser.add_argument('--overwrite', action='store_true', help='redo what is finished, in folders of any settings')
+    parser.add_argument('--resume', action='store_true',
+                        help='keep finished files, in folders of the same settings; without it all are made anew')
     parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
                         help='skip: go on past a bad image, list it at the end, exit code 3')
     return parser
@@ -154,80 +149,94 @@ def check_args(args):
         check_dir(folder, '--ignore_crf')
 
 
+def load_network(args, device):
+    net = import_network(args.network, 'radius').Net()
+    load_weights(net, args.weights)
+    # faster on a CPU, by a fifth; not measured on GPUs
+    layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
+    return net.eval().to(device, memory_format=layout)
+
+
+def label_folder(args):
+    """The ResultFolder of the pseudo labels."""
+    settings = {key: getattr(args, key) for key in ('network', 'alpha', 'beta', 'logt', 'amp', 'ignore_below')}
+    settings.update(weights=file_digest(args.weights), crf=crf.describe_crf(CRF_ITERATIONS) if args.crf else None,
+                    **describe_folder(args.cam_dir, 'cam_dir'))
+    for flag, folder in zip(('ignore_crf LA', 'ignore_crf HA'), args.ignore_crf or ()):
+        settings.update(describe_folder(folder, flag))
+    return ResultFolder(args.out_rw, '--out_rw', '.png', settings)
+
+
+def walk_image(net, name, img, cam_dict, args, device):
+    """The random walk of one image. img: normalised (3, H, W), sides multiples of STRIDE; cam_dict: its CAMs, up to
+    STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first.
+    Raises BadInput for a walk that ends in NaN or infinite scores."""
+    scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, args.alpha, img.shape[1:])).to(device), STRIDE)
+    with autocast(device, args.amp):
+        aff = net(img[None].to(device))
+    radius = fit_radius(*scores.shape[1:], net.radius)
+    scores = random_walk(scores, aff.float(), radius, args.beta, args.logt)
+    if not scores.isfinite().all():
+        raise BadInput(f'the random walk of {name} ends in NaN or infinite scores '
+                       f'(--weights {args.weights}, --cam_dir {args.cam_dir}, --amp {args.amp})')
+    return F.interpolate(scores[None], img.shape[1:], mode='bilinear', align_corners=False)[0].cpu().numpy()
+
+
+def save_pictures(names, folder, args):
+    """Writes images and their pseudo labels side by side."""
+    for name in names:
+        if not os.path.isfile(folder.file(name)):       # it was skipped, or is another rank's
+            continue
+        with no_more_than_a_warning(f'no picture of {name}'):
+            img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
+            labels = visualization.labels_on_image(img, image_files.read_label_map(folder.file(name), '--out_rw'))
+            visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [img, labels], ['image', 'label'])
+
+
 @torch.inference_mode()
 def main(args):
     check_args(args)
     num_classes = len(load_class_names(args.class_names))
     device = get_device(args.device, args.tf32)
-
     backend = crf.choose_crf_backend(args.crf_backend) if args.crf else None
-
-    # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root,
                                 transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
     names = dataset.img_name_list
-    for name in names if args.on_error == 'stop' else ():
-        score_files.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
-    net = import_network(args.network, 'radius').Net()
-    load_weights(net, args.weights)
-    # faster on a CPU, by a fifth; not measured on GPUs
-    net.eval().to(device, memory_format=torch.channels_last if device.type == 'cpu' else torch.contiguous_format)
+    if args.on_error == 'stop':         # better now than after hours
+        for name in names:
+            score_files.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
+    net = load_network(args, device)
 
-    # ----- outputs: what is finished is left alone -----
-    settings = {key: getattr(args, key) for key in ('network', 'cam_dir', 'alpha', 'beta', 'logt', 'crf', 'amp',
-                                                    'ignore_below', 'ignore_crf')}
-    settings.update(weights=file_digest(args.weights), cams=read_settings(args.cam_dir))
-    rank, ranks = get_rank()
-    mine = range(rank, len(names), ranks)       # shared out before looking what is there: ranks look at different times
-    paths = {index: os.path.join(args.out_rw, names[index] + '.png') for index in mine}
-    open_folder(args.out_rw, '--out_rw', settings, args.overwrite, paths.values())
-    todo = [index for index in mine if not is_whole(paths[index])]
-    if len(todo) < len(mine):
-        print(f'{len(mine) - len(todo)} of {len(mine)} images are finished')
-    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda')
-    workers = args.crf_workers
-    if workers is None:
-        workers = available_cores() if device.type == 'cuda' else 0
-    if not args.crf or backend == 'torch':
-        workers = 0
-    pictured = names[:args.vis_count] if args.vis_dir else []
+    # ----- outputs -----
+    folder = label_folder(args)
+    rank, ranks = get_rank()        # the list is shared out first: ranks look at different times at what is finished
+    todo = open_folders([folder], names[rank::ranks], args.resume, [args.cam_dir, *(args.ignore_crf or ())])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
-    errors = Errors(args.on_error)
+    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
+                        pin_memory=device.type == 'cuda')
+    errors = Errors(args.on_error, '--amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf')
 
     # ----- inference -----
-    with BoundedPool(workers) as pool:
-        for item in tqdm(loader, desc='random walk', dynamic_ncols=True, disable=None):
-            try:
-                if isinstance(item, BadInput):
+    with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
+        for item, name in zip(tqdm(loader, desc='random walk', dynamic_ncols=True, disable=None), todo):
+            with errors.caught(name):
+                if isinstance(item, Exception):
                     raise item
-                name, img = item                                            # (3, H, W)
+                img = item[1]                                               # (3, H, W)
                 h, w = img.shape[1:]
-                cam_dict = read_cams(name, args.cam_dir, (h, w), num_classes)
+                cam_dict = score_files.load_cams(args.cam_dir, name, (h, w), num_classes)
                 ignored = np.zeros((h, w), bool)
                 if args.ignore_crf:
                     ignored = crf_disagreement(name, args.ignore_crf, (h, w))
-            except BadInput as error:
-                errors.add(error)
-                continue
-            img = F.pad(img[None], (0, -w % STRIDE, 0, -h % STRIDE))
-            size = img.shape[2:]
-            scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, args.alpha, size)).to(device), STRIDE)
-            with autocast(device, args.amp):
-                aff = net(img.to(device))
-            radius = fit_radius(*scores.shape[1:], net.radius)
-            scores = random_walk(scores, aff.float(), radius, args.beta, args.logt)
-            scores = F.interpolate(scores[None], size, mode='bilinear', align_corners=False)[0].cpu().numpy()
-            present = [0] + [key + 1 for key in sorted(cam_dict)]
-            pool.submit(write_labels, os.path.join(args.out_rw, name + '.png'), scores, present, img[0].numpy(),
-                        ignored, args, num_classes, backend, device)
-    for name in pictured:
-        path = os.path.join(args.out_rw, name + '.png')
-        if os.path.isfile(path):        # of another rank, or skipped
-            img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
-            labels = visualization.labels_on_image(img, image_files.read_label_map(path, '--out_rw'))
-            visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [img, labels], ['image', 'label'])
+                img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
+                scores = walk_image(net, name, img, cam_dict, args, device)
+                present = [0] + [key + 1 for key in sorted(cam_dict)]
+                pool.submit(write_labels, folder.file(name), scores, present, img.numpy(), ignored, args, num_classes,
+                            backend, device, name=name)
+    if args.vis_dir:
+        save_pictures(names[:args.vis_count], folder, args)
+    warn_of_background(pool.results, folder.path, '--alpha')
     sys.exit(errors.report())
 
 

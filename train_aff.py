@@ -13,10 +13,11 @@ from tool import imutils
 from tool.cli import BadInput, check_dir, exit_on_bad_input, import_network
 from tool.devices import (autocast, check_replicas, describe_run, get_device, get_rank, mean_over_ranks, parallel,
                           sum_over_ranks, use_deterministic)
+from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Logger, Timer
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches,
                              set_seed)
-from tool.training import (check_training_args, describe_scores, digest_inputs, explain_out_of_memory, outlive_sigterm,
+from tool.training import (check_training_args, digest_inputs, explain_out_of_memory, outlive_sigterm,
                            report_progress, resume, save_checkpoint, save_weights, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import STRIDE, VOC12AffDataset
@@ -140,8 +141,8 @@ def main(args):
     net.to(device)
     last = args.session_name + '_last.pth'
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
-                           la_crf_dir=describe_scores(args.la_crf_dir, '--la_crf_dir', dataset.img_name_list),
-                           ha_crf_dir=describe_scores(args.ha_crf_dir, '--ha_crf_dir', dataset.img_name_list))
+                           la_crf_dir=describe_folder(args.la_crf_dir, 'la_crf_dir'),
+                           ha_crf_dir=describe_folder(args.ha_crf_dir, 'ha_crf_dir'))
     if args.resume:
         resume(last if args.resume is True else args.resume, net, optimizer, scaler, args, inputs)
 

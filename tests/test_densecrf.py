@@ -5,13 +5,20 @@ and probabilities for 2 to 21 labels: the largest difference of a posterior is 4
 ten, 3e-4 at worst, and 2 of 14 million labels differ. Left out of that is one image of a single pixel with four equal
 probabilities, 9e-3: there pydensecrf itself moves by 7e-3 when its input moves by 1e-7.
 """
+import functools
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import golden
 from tool import crf
-from tool.densecrf import DenseCRF, PermutohedralLattice, dense_crf, enclosing_simplex, unary_energy
+from tool.cli import BadInput
+from tool.crf import Kernels
+from tool.densecrf import DenseCRF, PermutohedralLattice, enclosing_simplex, unary_energy
+
+dense_crf = functools.partial(crf.crf_inference, backend='torch')
 
 CASES = [(kind, size, labels) for kind, sizes in {
     'flat': [(40, 41), (63, 30)],
@@ -136,7 +143,7 @@ def test_two_alphas_at_once_give_the_stored_results(name):
     maps = np.stack([cams[f'{name}:cam_{key}'] for key in cams[name + ':cam_keys']])
     stack = torch.stack([unary_energy(np.concatenate([(1 - maps.max(0, keepdims=True)) ** alpha, maps]))
                          for alpha in (4, 24)])
-    posteriors = DenseCRF(cams[name + ':rgb_decoded']).inference(stack, t=10)
+    posteriors = DenseCRF(cams[name + ':rgb_decoded'], Kernels()).inference(stack, t=10)
     assert posteriors.shape == stack.shape
     for alpha, posterior in zip((4, 24), posteriors.numpy()):
         for key, scores in zip(g[f'{name}:crf_{alpha}.0_keys'], posterior):
@@ -147,23 +154,24 @@ def test_a_stack_is_its_parts():
     rng = np.random.default_rng(0)
     img = make_image('blobs', 40, 50, rng)
     probs = np.stack([make_probs('soft', 4, 40, 50, rng) for _ in range(3)])
-    stack = DenseCRF(img).inference(unary_energy(probs), t=5).numpy()
+    stack = DenseCRF(img, Kernels()).inference(unary_energy(probs), t=5).numpy()
     for part, posterior in zip(probs, stack):
         assert np.abs(dense_crf(img, part, t=5) - posterior).max() < 1e-5
 
 
-def test_parameters_of_the_kernels_reach_them():
+def test_parameters_of_the_kernels_reach_both_backends():
     dcrf = pytest.importorskip('pydensecrf.densecrf')
     rng = np.random.default_rng(1)
     img, probs = make_image('blobs', 30, 42, rng), make_probs('soft', 3, 30, 42, rng)
-    crf = dcrf.DenseCRF2D(42, 30, 3)
-    crf.setUnaryEnergy(unary_energy(probs).reshape(3, -1).numpy())
-    crf.addPairwiseGaussian(sxy=2, compat=4)
-    crf.addPairwiseBilateral(sxy=11, srgb=7, rgbim=img, compat=5)
-    expected = np.array(crf.inference(4)).reshape(probs.shape)
-    out = DenseCRF(img, sxy_gauss=2, compat_gauss=4, sxy_bilateral=11, srgb=7, compat_bilateral=5).inference(
-        unary_energy(probs)[None], 4)[0].numpy()
-    assert np.abs(out - expected).max() < 1e-4
+    model = dcrf.DenseCRF2D(42, 30, 3)
+    model.setUnaryEnergy(unary_energy(probs).reshape(3, -1).numpy())
+    model.addPairwiseGaussian(sxy=2, compat=4)
+    model.addPairwiseBilateral(sxy=11, srgb=7, rgbim=img, compat=5)
+    expected = np.array(model.inference(4)).reshape(probs.shape)
+    kernels = Kernels(sxy_gauss=4, compat_gauss=4, sxy_bilateral=22, srgb=7, compat_bilateral=5)
+    for backend in 'torch', 'pydensecrf':
+        out = crf.crf_inference(img, probs, t=4, scale_factor=2, kernels=kernels, backend=backend)
+        assert np.abs(out - expected).max() < 1e-4
 
 
 def test_no_iteration_leaves_the_clipped_probabilities():
@@ -220,7 +228,7 @@ def test_points_are_filled_up_to_fours_with_zeros_as_in_pydensecrf():
 
 def test_iterations_wait_for_no_value():
     """On a GPU a value that the host reads would stop the queue; tensors without values allow none to be read."""
-    crf = DenseCRF(np.zeros((6, 7, 3), np.uint8))
+    crf = DenseCRF(np.zeros((6, 7, 3), np.uint8), Kernels())
     for lattice in crf.lattices:
         vars(lattice).update({name: value.to('meta') for name, value in vars(lattice).items()})
     crf.device = torch.device('meta')
@@ -232,6 +240,51 @@ def test_gpu_and_cpu_agree():
     rng = np.random.default_rng(4)
     img, probs = make_image('blobs', 101, 67, rng), make_probs('soft', 5, 101, 67, rng)
     assert np.abs(dense_crf(img, probs, device='cuda') - dense_crf(img, probs)).max() < 1e-3
+
+
+# ----- the choice of the backend -----
+
+BROKEN = {'for another NumPy': ("raise ValueError('numpy.dtype size changed,\\nmay indicate')", 'numpy.dtype size'),
+          'library': ("raise ImportError('version GLIBCXX_3.4.99 not found')", 'GLIBCXX_3.4.99'),
+          'source folder': (None, "'DenseCRF2D'"),
+          'crash of its own': ("class DenseCRF2D: pass", 'takes no arguments')}
+
+
+@pytest.mark.parametrize('kind', BROKEN)
+def test_pydensecrf_that_is_broken_is_passed_over_with_its_cause(kind, tmp_path, monkeypatch, capsys):
+    code, cause = BROKEN[kind]
+    (tmp_path / 'pydensecrf' / 'densecrf').mkdir(parents=True)
+    (tmp_path / 'pydensecrf' / '__init__.py').write_text('')
+    (tmp_path / 'pydensecrf' / 'utils.py').write_text('unary_from_softmax = None')
+    if code:
+        (tmp_path / 'pydensecrf' / 'densecrf' / '__init__.py').write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in 'pydensecrf', 'pydensecrf.utils', 'pydensecrf.densecrf':
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert crf.choose_crf_backend(None) == 'torch'
+    line, = capsys.readouterr().out.splitlines()
+    assert 'broken' in line and cause in line
+    with pytest.raises(BadInput, match=cause) as caught:
+        crf.choose_crf_backend('pydensecrf')
+    assert '--crf_backend torch' in str(caught.value) and '\n' not in str(caught.value)
+    for name in 'pydensecrf', 'pydensecrf.utils', 'pydensecrf.densecrf':        # the fakes
+        sys.modules.pop(name, None)
+
+
+def test_without_pydensecrf_the_crf_runs_in_torch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'pydensecrf', None)
+    monkeypatch.setitem(sys.modules, 'pydensecrf.densecrf', None)
+    assert crf.choose_crf_backend(None) == 'torch'
+    assert 'pydensecrf is not installed' in capsys.readouterr().out
+    with pytest.raises(BadInput, match='--crf_backend torch'):
+        crf.choose_crf_backend('pydensecrf')
+
+
+def test_processes_are_for_pydensecrf_beside_a_gpu():
+    cpu, gpu = torch.device('cpu'), torch.device('cuda')
+    assert crf.choose_crf_workers(None, 'pydensecrf', gpu) >= 1 and crf.choose_crf_workers(3, 'pydensecrf', cpu) == 3
+    assert [crf.choose_crf_workers(None, 'pydensecrf', cpu), crf.choose_crf_workers(3, 'torch', gpu),
+            crf.choose_crf_workers(3, None, gpu)] == [0, 0, 0]
 
 
 # ----- inputs -----
@@ -251,6 +304,6 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match='shape|uint8'):
             dense_crf(bad_img, bad_probs)
     with pytest.raises(ValueError, match='shape'):
-        DenseCRF(img).inference(unary_energy(probs))
+        DenseCRF(img, Kernels()).inference(unary_energy(probs))
     with pytest.raises(ValueError, match='64 bits'):
-        DenseCRF(np.arange(60, dtype=np.uint8).reshape(4, 5, 3), srgb=1e-3, sxy_bilateral=1e-3)
+        DenseCRF(np.arange(60, dtype=np.uint8).reshape(4, 5, 3), Kernels(srgb=1e-3, sxy_bilateral=1e-3))

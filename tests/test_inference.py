@@ -1,4 +1,6 @@
 """Inference that stops and goes on, skips, shards, and its switches."""
+import argparse
+import contextlib
 import json
 import os
 import resource
@@ -15,12 +17,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import infer_SEAM
+import infer_aff
 from conftest import ROOT
 from network import slim_SEAM, slim_aff
 from test_scripts import AFF, SEAM, done, refused, run
-from tool import crf, outputs, torchutils, training, workers
-from tool.cli import BadInput
-from tool.score_files import load_scores, strongest_label
+from tool import outputs, score_files, torchutils, training, visualization, workers
+from tool.cli import BadInput, CannotWrite
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
@@ -60,11 +62,20 @@ def contents(folder):
 
 # ----- going on -----
 
-def test_finished_files_are_left_alone(data):
-    times = {path: path.stat().st_mtime_ns for path in data.glob('c*/*.np?')}
-    result = cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred')
-    assert f'{len(names_of(data))} of {len(names_of(data))} images are finished' in done(result)
-    assert len(times) == 3 * len(names_of(data)) and times == {path: path.stat().st_mtime_ns for path in times}
+def test_finished_files_are_left_alone_with_resume_and_made_anew_without(data, tmp_path):
+    flags = '--out_cam', tmp_path / 'cam', '--out_crf', tmp_path / 'crf', '--out_cam_pred', tmp_path / 'pred'
+    for folder in ('cam', 'crf_4.0', 'crf_24.0', 'pred'):
+        shutil.copytree(data / folder, tmp_path / folder)
+    names = names_of(data)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/2*')}
+    assert len(times) == 4 * len(names)
+    assert f'{len(names)} of {len(names)} images are finished' in done(cams(data, *flags, '--resume'))
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    out = done(cams(data, *flags))
+    assert 'images are finished' not in out and 'other settings' not in out
+    assert all(times[path] < path.stat().st_mtime_ns for path in times)
+    for folder in ('cam', 'crf_4.0', 'crf_24.0', 'pred'):
+        assert contents(tmp_path / folder) == contents(data / folder)
 
 
 def test_what_is_missing_or_cut_is_made_again_to_the_bit(data, tmp_path):
@@ -75,52 +86,123 @@ def test_what_is_missing_or_cut_is_made_again_to_the_bit(data, tmp_path):
     crf.write_bytes(crf.read_bytes()[:-1000])
     (data / 'pred' / f'{names[2]}.png').write_bytes(b'')
     (data / 'rw' / f'{names[3]}.png').write_bytes((data / 'rw' / f'{names[3]}.png').read_bytes()[:-6])
-    out = done(cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred'))
+    out = done(cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred', '--resume'))
     assert f'{len(names) - 3} of {len(names)} images are finished' in out
-    assert f'{len(names) - 1} of {len(names)} images are finished' in done(walk(data))
+    assert f'{len(names) - 1} of {len(names)} images are finished' in done(walk(data, '--resume'))
     assert before == {folder: contents(data / folder) for folder in before}
 
 
-def test_folder_of_other_settings_is_refused_and_named(data):
-    refused(cams(data, '--out_cam', 'cam', '--scales', 0.5), 'cam (--out_cam)', 'scales was [1.0], is [0.5]',
-            '--overwrite')
-    refused(walk(data, '--beta', 4), 'rw (--out_rw)', 'beta was 8, is 4')
+def test_resume_in_a_folder_of_other_settings_is_refused_and_named(data):
+    before = contents(data / 'cam')
+    refused(cams(data, '--out_cam', 'cam', '--scales', 0.5, '--resume'), 'cam (--out_cam)',
+            'scales was [1.0], is [0.5]', '--resume')
+    refused(walk(data, '--beta', 4, '--resume'), 'rw (--out_rw)', 'beta was 8, is 4')
+    assert contents(data / 'cam') == before
 
 
-def test_results_of_unknown_settings_are_refused(data, tmp_path):
+def test_resume_on_results_of_unknown_settings_is_refused(data, tmp_path):
     (tmp_path / 'cam').mkdir()
     (tmp_path / 'cam' / 'x.npy').write_bytes(b'')
-    refused(cams(data, '--out_cam', tmp_path / 'cam'), 'results and no settings.json', '--overwrite')
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), 'no settings.json', '--resume')
+    (tmp_path / 'cam' / outputs.SETTINGS).write_text('{')
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), 'settings.json', '--resume')
+    assert 'other settings' in done(cams(data, '--out_cam', tmp_path / 'cam'))
+
+
+def test_resume_compares_what_a_folder_holds_and_not_how_its_path_is_spelled(data, tmp_path):
+    flags = '--out_rw', tmp_path / 'rw', '--ignore_crf', 'crf_4.0', 'crf_24.0'
+    done(walk(data, *flags))
+    everything = f'{len(names_of(data))} of {len(names_of(data))} images are finished'
+    moved = tmp_path / 'moved'
+    for folder in ('cam', 'crf_4.0', 'crf_24.0'):
+        shutil.copytree(data / folder, moved / folder)
+    shutil.copyfile(data / 'aff.pth', moved / 'aff.pth')
+    for root in (f'./../{data.name}', str(moved)):
+        assert everything in done(walk(data, '--resume', '--out_rw', tmp_path / 'rw' / '..' / 'rw/',
+                                       '--cam_dir', f'{root}/cam/', '--weights', f'{root}/aff.pth',
+                                       '--ignore_crf', f'{root}/crf_4.0/', f'{root}/crf_24.0'))
+    refused(walk(data, '--resume', '--out_rw', tmp_path / 'rw', '--ignore_crf', 'crf_24.0', 'crf_4.0'),
+            'ignore_crf LA alpha was 4.0, is 24.0')
 
 
 def test_walk_notices_that_the_cams_are_others(data, tmp_path):
+    flags = '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw', '--resume'
     shutil.copytree(data / 'cam', tmp_path / 'cam')
-    done(walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw'))
-    done(cams(data, '--out_cam', tmp_path / 'cam', '--scales', 0.5, '--overwrite'))
-    refused(walk(data, '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw'), 'rw (--out_rw)', 'cams was')
+    done(walk(data, *flags))
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--scales', 0.5))
+    refused(walk(data, *flags), 'rw (--out_rw)', 'cam_dir scales was [1.0], is [0.5]')
 
 
-def test_overwrite_removes_what_is_there_first(data, tmp_path, monkeypatch):
-    """Else a run that is stopped in the middle would leave old results under new settings."""
-    shutil.copytree(data / 'cam', tmp_path / 'cam')
-    (tmp_path / 'cam' / f'{names_of(data)[0]}.npy').write_bytes(b'old.')
-    done(cams(data, '--out_cam', tmp_path / 'cam', '--overwrite', '--cam_format', 'npz'))
-    assert not list((tmp_path / 'cam').glob('*.npy')) and len(list((tmp_path / 'cam').glob('*.npz'))) == 7
-    old = [str(path) for path in (tmp_path / 'cam').glob('*.npz')]
-
-    def killed(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(outputs, 'atomic_write', killed)
-    with pytest.raises(KeyboardInterrupt):
-        outputs.open_folder(str(tmp_path / 'cam'), '--out_cam', {'scales': [2]}, True, old)
-    assert not list((tmp_path / 'cam').iterdir())
+def test_folder_of_another_program_is_told_from_others_by_a_file(tmp_path):
+    for folder, content in (('a', b'one.'), ('b', b'two.'), ('empty', None)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'note.txt').write_text('no result')
+        if content:
+            (tmp_path / folder / 'x.npy').write_bytes(content)
+    one, again, two, empty = (outputs.describe_folder(f'{tmp_path}/{folder}', 'cam_dir')
+                              for folder in ('a', 'b/../a/', 'b', 'empty'))
+    assert one == again != two and list(one) == ['cam_dir first file'] and empty == {}
 
 
-def test_overwrite_makes_the_folder_anew(data):
-    done(cams(data, '--out_cam', 'anew', '--scales', 0.5))
-    done(cams(data, '--out_cam', 'anew', '--overwrite'))
-    a, b = contents(data / 'anew'), contents(data / 'cam')
-    assert json.loads(a.pop(outputs.SETTINGS))['scales'] == [1.0] and b.pop(outputs.SETTINGS) and a == b
+def test_starting_anew_says_so_and_replaces_file_by_file(data, tmp_path):
+    cam = tmp_path / 'cam'
+    done(cams(data, '--out_cam', cam, '--scales', 0.5))
+    (cam / 'other.npy').write_bytes(b'of another list.')
+    out = done(cams(data, '--out_cam', cam))
+    assert out.count('warning: ') == 1 and 'scales was [0.5], is [1.0]' in out
+    ours = contents(cam)
+    assert ours.pop('other.npy') and ours == contents(data / 'cam')
+    done(cams(data, '--out_cam', cam, '--cam_format', 'npz'))
+    assert [path.name for path in cam.glob('*.npy')] == ['other.npy'] and len(list(cam.glob('*.npz'))) == 7
+
+
+@pytest.mark.parametrize('kill_at', ['first file', 'settings', 'second rank'])
+def test_killed_while_starting_anew_leaves_no_old_file_that_passes_for_a_new_one(tmp_path, monkeypatch, kill_at):
+    names, folder = ['a', 'b', 'c'], str(tmp_path)
+
+    def open_folder(scales, names=names, resume=False):
+        result = outputs.ResultFolder(folder, '--out_cam', '.npy', {'scales': scales})
+        return result, outputs.open_folders([result], names, resume)
+
+    def write(result, names):
+        for name in names:
+            (tmp_path / f'{name}.npy').write_bytes(b'whole.')
+    write(*open_folder([1]))
+    assert open_folder([1], resume=True)[1] == []
+
+    if kill_at == 'settings':       # the dates are set, the settings are still the old ones
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+            patch.setattr(outputs, 'atomic_write', lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            open_folder([2])
+        assert open_folder([1], resume=True)[1] == names
+    elif kill_at == 'first file':
+        result, todo = open_folder([2])
+        assert todo == names and len(list(tmp_path.glob('*.npy'))) == 3     # the old ones can still be read
+        write(result, ['b'])
+        assert open_folder([2], resume=True)[1] == ['a', 'c']
+    else:                           # has not begun when the first one is killed
+        result, todo = open_folder([2], names=['a', 'c'])
+        write(result, ['a'])
+        assert open_folder([2], resume=True)[1] == ['b', 'c']
+        write(*open_folder([2], names=['b']))       # it begins later, anew: what the first one has made stays
+        assert open_folder([2], resume=True)[1] == ['c']
+
+
+def test_anew_after_an_edit_of_the_code_and_killed(tmp_path):
+    """The settings are the same, the results are not."""
+    result = outputs.ResultFolder(str(tmp_path), '--out_cam', '.npy', {})
+    for name in 'abc':
+        (tmp_path / f'{name}.npy').write_bytes(b'whole.')
+    outputs.open_folders([result], [], False)
+    outputs.open_folders([result], ['a', 'b'], False)
+    (tmp_path / 'a.npy').write_bytes(b'new.')
+    assert outputs.open_folders([result], ['a', 'b', 'c'], True) == ['b', 'c']
+
+
+def test_one_folder_for_two_outputs_is_refused(data, tmp_path):
+    refused(cams(data, '--out_cam', tmp_path / 'x', '--out_cam_pred', f'{tmp_path}/./x/'), '--out_cam', 'name another')
+    refused(walk(data, '--out_rw', f'{data}/cam'), '--out_rw', 'name another')
+    assert not (tmp_path / 'x').exists()
 
 
 @pytest.mark.parametrize('script', ['infer_SEAM', 'infer_aff'])
@@ -136,9 +218,9 @@ def test_killed_run_goes_on_to_the_same_result(data, script, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     if script == 'infer_SEAM':
-        done(cams(data, '--out_cam', folder))
+        done(cams(data, '--out_cam', folder, '--resume'))
     else:
-        done(walk(data, '--out_rw', folder))
+        done(walk(data, '--out_rw', folder, '--resume'))
     whole = {name: value for name, value in contents(folder).items() if not name.startswith('.')}
     assert whole == contents(data / {'infer_SEAM': 'cam', 'infer_aff': 'rw'}[script])
 
@@ -148,7 +230,7 @@ def test_full_disk_leaves_whole_files_alone(data, tmp_path, small_files):
     finished = contents(tmp_path / 'cam')
     assert finished.items() <= contents(data / 'cam').items() and len(finished) < len(names_of(data))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
-    done(cams(data, '--out_cam', tmp_path / 'cam'))
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--resume'))
     assert contents(tmp_path / 'cam') == contents(data / 'cam')
 
 
@@ -179,6 +261,53 @@ def test_bad_image_is_skipped_listed_and_told_by_the_exit_code(data, tmp_path, w
     assert result.returncode == 3 and len(list((tmp_path / 'rw').glob('*.png'))) == len(names) - 1
 
 
+def test_walk_of_nan_is_no_background(data, tmp_path):
+    weights = torch.load(data / 'aff.pth', weights_only=True)
+    weights['f9.weight'][0] = float('nan')
+    net = slim_aff.Net().eval()
+    net.load_state_dict(weights)
+    args = argparse.Namespace(alpha=6, beta=8, logt=2, amp='off', weights='aff.pth', cam_dir='cam')
+    with pytest.raises(BadInput, match='walk of x .* NaN .*--weights aff.pth'):
+        infer_aff.walk_image(net, 'x', torch.zeros(3, 64, 64), {0: np.ones((60, 62), np.float32)}, args,
+                             torch.device('cpu'))
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.'),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_names_the_image_and_the_flags_that_help(error):
+    words = 'out of memory at the image n1; what helps: smaller --scales'
+    with pytest.raises(BadInput, match=words), outputs.Errors('stop', 'smaller --scales').caught('n1'):
+        raise error
+    errors = outputs.Errors('skip', 'smaller --scales')
+    with errors.caught('n1'):
+        raise error
+    assert errors.lines == [words]
+
+
+def test_run_goes_on_past_the_image_for_which_memory_runs_out(data, tmp_path, monkeypatch):
+    name, save_scores = names_of(data)[1], score_files.save_scores
+
+    def run_out(path, *more):
+        if name in path:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        save_scores(path, *more)
+    monkeypatch.setattr(score_files, 'save_scores', run_out)
+    result = cams(data, '--out_cam', tmp_path / 'cam', '--on_error', 'skip')
+    assert result.returncode == 3 and f'out of memory at the image {name}' in result.stdout
+    assert len(list((tmp_path / 'cam').glob('*.npy'))) == len(names_of(data)) - 1
+
+
+@pytest.mark.parametrize('error, kept', [(BadInput('bad'), True), (CannotWrite('full'), False),
+                                         (KeyError('bug'), False)])
+def test_skip_keeps_bad_images_and_stops_for_a_full_disk_and_for_bugs(error, kept):
+    errors = outputs.Errors('skip', '')
+    with contextlib.nullcontext() if kept else pytest.raises(type(error)):
+        with errors.caught('x'):
+            raise error
+    assert errors.lines == (['bad'] if kept else [])
+
+
 # ----- ranks and worker processes -----
 
 def test_ranks_share_the_list_and_end_with_the_same_files(data, tmp_path, monkeypatch):
@@ -187,6 +316,8 @@ def test_ranks_share_the_list_and_end_with_the_same_files(data, tmp_path, monkey
         monkeypatch.setenv('RANK', rank)
         done(cams(data, '--out_cam', tmp_path / 'cam'))
     assert contents(tmp_path / 'cam') == contents(data / 'cam')
+    monkeypatch.delenv('WORLD_SIZE')
+    assert '7 of 7 images are finished' in done(cams(data, '--out_cam', tmp_path / 'cam', '--resume'))
 
 
 def test_crf_workers_write_the_same_bytes(data, tmp_path):
@@ -199,17 +330,9 @@ def test_crf_in_torch_gives_the_same_scores(data, tmp_path):
     done(cams(data, '--out_crf', tmp_path / 'crf', '--crf_backend', 'torch'))
     for name in names_of(data):
         for alpha in ('4.0', '24.0'):
-            ours, theirs = (load_scores(str(folder / f'crf_{alpha}/{name}.npy'), '', 'crf')
+            ours, theirs = (score_files.load_scores(str(folder / f'crf_{alpha}/{name}.npy'), '', 'crf')
                             for folder in (tmp_path, data))
             assert list(ours) == list(theirs) and max(np.abs(ours[key] - theirs[key]).max() for key in ours) < 1e-3
-
-
-def test_without_pydensecrf_the_crf_runs_in_torch(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'pydensecrf', None)
-    monkeypatch.setitem(sys.modules, 'pydensecrf.densecrf', None)
-    assert crf.choose_crf_backend(None) == 'torch' and 'pydensecrf' in capsys.readouterr().out
-    with pytest.raises(BadInput, match='--crf_backend torch'):
-        crf.choose_crf_backend('pydensecrf')
 
 
 def test_error_in_a_worker_is_raised_and_no_more_is_submitted():
@@ -219,6 +342,30 @@ def test_error_in_a_worker_is_raised_and_no_more_is_submitted():
                 pool.submit(divmod, 1, number)
 
 
+def fail(error):
+    raise error
+
+
+def test_errors_of_jobs_are_kept_under_the_names_of_their_images():
+    for count in 0, 1:
+        errors = outputs.Errors('skip', 'less')
+        with workers.BoundedPool(count, errors) as pool:
+            pool.submit(fail, MemoryError(), name='a')
+            pool.submit(fail, BadInput('b is bad'), name='b')
+            pool.submit(abs, -1, name='c')
+        assert errors.lines == ['out of memory at the image a; what helps: less', 'b is bad'] and pool.results == [1]
+
+
+def test_killed_worker_is_one_line_even_with_skip():
+    errors = outputs.Errors('skip', '')
+    with pytest.raises(BadInput, match='CRF process was killed.*--crf_workers'):
+        with workers.BoundedPool(1, errors) as pool:
+            for name in 'abcdef':
+                with errors.caught(name):
+                    pool.submit(os._exit, 1, name=name)
+    assert not errors.lines
+
+
 def test_pool_does_not_run_away():
     with workers.BoundedPool(1) as pool:
         start = time.time()
@@ -226,6 +373,47 @@ def test_pool_does_not_run_away():
             pool.submit(time.sleep, .1)
             assert len(pool._waiting) <= 2
     assert time.time() - start > .5
+
+
+# ----- other systems -----
+
+OTHER_SYSTEM = """
+import multiprocessing, os, resource, sys
+multiprocessing.set_start_method('spawn')
+for name in 'sched_getaffinity', 'fork', 'forkpty':
+    delattr(os, name)
+sys.modules['resource'] = None
+"""
+
+
+@pytest.mark.parametrize('script', ['infer_SEAM', 'infer_aff'])
+def test_without_fork_affinity_and_utf_8(data, tmp_path, script):
+    (tmp_path / 'sitecustomize.py').write_text(OTHER_SYSTEM)
+    (tmp_path / 'list.txt').write_text(names_of(data)[0])
+    flags = {'infer_SEAM': ['--network', SEAM, '--weights', 'seam.pth', '--scales', '1', '--out_crf', tmp_path / 'out'],
+             'infer_aff': ['--network', AFF, '--weights', 'aff.pth', '--cam_dir', 'cam', '--out_rw', tmp_path / 'out',
+                           '--crf']}[script]
+    done(subprocess.run([sys.executable, os.path.join(ROOT, script + '.py'), '--infer_list', tmp_path / 'list.txt',
+                         *flags, '--num_workers', '1', '--crf_workers', '1'], cwd=data, capture_output=True, text=True,
+                        env=dict(os.environ, PYTHONPATH=str(tmp_path), PYTHONIOENCODING='cp1252')))
+    assert len(list(tmp_path.glob('out*/2*'))) == (2 if script == 'infer_SEAM' else 1)
+
+
+WRAPPED = "from tool.cli import exit_on_bad_input\nwith exit_on_bad_input():\n    "
+
+
+@pytest.mark.parametrize('code', ['print("x" * 10 ** 6)', 'print("x")', 'print("x"); raise SystemExit(3)'])
+def test_output_that_nobody_reads_ends_quietly(code):
+    process = subprocess.Popen([sys.executable, '-c', WRAPPED + 'import time; time.sleep(.5); ' + code], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait() == 141
+
+
+def test_console_that_lacks_a_character():
+    result = subprocess.run([sys.executable, '-c', WRAPPED + 'print("gr\\u00fcn \\u65e5")'], cwd=ROOT,
+                            env=dict(os.environ, PYTHONIOENCODING='ascii'), capture_output=True, text=True)
+    assert done(result) == 'gr\\xfcn \\u65e5\n'
 
 
 # ----- space, formats, pictures -----
@@ -242,8 +430,8 @@ def test_disk_that_will_not_do_is_warned_of(tmp_path, monkeypatch, capsys):
 def test_half_precision_files_and_npz_hold_the_same_scores(data, tmp_path):
     done(cams(data, '--out_cam', tmp_path / 'a', '--cam_dtype', 'float16', '--cam_format', 'npz'))
     for name in names_of(data):
-        full = load_scores(str(data / f'cam/{name}.npy'), '', 'cam')
-        half = load_scores(str(tmp_path / f'a/{name}.npy'), '', 'cam')      # finds NAME.npz
+        full = score_files.load_scores(str(data / f'cam/{name}.npy'), '', 'cam')
+        half = score_files.load_scores(str(tmp_path / f'a/{name}.npy'), '', 'cam')      # finds NAME.npz
         assert list(full) == list(half)
         for key in full:
             assert np.abs(full[key] - half[key]).max() < 1e-3
@@ -263,14 +451,50 @@ def test_pictures_of_the_first_images(data, tmp_path):
     assert Image.open(tmp_path / f'vis/{names[0]}.jpg').size[0] > 150
 
 
+def test_picture_that_cannot_be_drawn_stops_nothing(data, tmp_path, monkeypatch):
+    def save_picture(*_):
+        raise ValueError('too\nlarge')
+    monkeypatch.setattr(visualization, 'save_picture', save_picture)
+    out = done(cams(data, '--out_cam', tmp_path / 'cam', '--vis_dir', tmp_path / 'vis', '--vis_count', 2))
+    assert out.count('warning: no picture of ') == 2 and 'too large' in out
+    assert len(list((tmp_path / 'cam').glob('*.npy'))) == len(names_of(data))
+
+
+def test_crf_from_finished_cams_equals_that_of_the_same_run(data, tmp_path):
+    flags = ('--infer_list', LIST, '--cam_dir', 'cam', '--out_crf', tmp_path / 'crf', '--out_cam_pred',
+             tmp_path / 'pred', '--num_workers', 0)
+    done(run(data, 'infer_SEAM', *flags))
+    for folder in 'crf_4.0', 'crf_24.0', 'pred':
+        ours, theirs = contents(tmp_path / folder), contents(data / folder)
+        assert json.loads(ours.pop(outputs.SETTINGS))['cam_dir scales'] == [1.0] and theirs.pop(outputs.SETTINGS)
+        assert ours == theirs
+    crf_settings = json.loads((tmp_path / 'crf_4.0' / outputs.SETTINGS).read_text())['crf']
+    assert crf_settings == {'iterations': 10, 'sxy_gauss': 3, 'compat_gauss': 3, 'sxy_bilateral': 80, 'srgb': 13,
+                            'compat_bilateral': 10}
+    (tmp_path / 'crf_4.0' / f'{names_of(data)[0]}.npy').unlink()
+    assert '6 of 7 images are finished' in done(run(data, 'infer_SEAM', *flags, '--resume'))
+    refused(run(data, 'infer_SEAM', *flags, '--out_cam', 'cam2'), '--cam_dir', '--out_cam')
+    refused(run(data, 'infer_SEAM', '--infer_list', LIST, '--out_cam', 'cam2'), '--weights')
+    refused(run(data, 'infer_SEAM', *flags, '--out_cam_pred', './cam/'), '--out_cam_pred', 'name another')
+
+
+@pytest.mark.parametrize('shares, word', [([0., .02], 'lower'), ([1., .98], 'higher'), ([.3, .99], None), ([], None)])
+def test_labels_that_are_nearly_all_background_or_hardly_any_are_warned_of(shares, word, capsys):
+    outputs.warn_of_background(shares, 'rw', '--alpha')
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(word)
+    assert not word or lines[0].startswith('warning: ') and f'try a {word} --alpha' in lines[0]
+
+
 def test_labels_that_are_not_sure_become_255(data, tmp_path):
     done(walk(data, '--out_rw', tmp_path / 'a', '--ignore_below', 0.5))
     done(walk(data, '--out_rw', tmp_path / 'b', '--ignore_crf', 'crf_4.0', 'crf_24.0'))
     for name in names_of(data):
         plain, sure, agreed = (np.asarray(Image.open(folder / f'{name}.png'))
                                for folder in (data / 'rw', tmp_path / 'a', tmp_path / 'b'))
-        low, high = (strongest_label(load_scores(str(data / f'crf_{alpha}/{name}.npy'), '', 'crf'))
-                     for alpha in ('4.0', '24.0'))
+        scores = [score_files.load_scores(str(data / f'crf_{alpha}/{name}.npy'), '', 'crf')
+                  for alpha in ('4.0', '24.0')]
+        low, high = map(score_files.strongest_label, scores)
         assert (agreed == np.where(low == high, plain, 255)).all()
         assert (sure[sure != 255] == plain[sure != 255]).all()
 

@@ -45,11 +45,11 @@ def parser_of(script):
 
 
 def test_shared_flags_have_one_default():
-    differ_in_the_reference = {'--network', '--session_name', '--infer_list'}
+    differ_on_purpose = {'--network', '--session_name', '--infer_list', '--resume'}     # training resumes from a file
     seen = {}
     for script in SCRIPTS:
         for action in parser_of(script)._actions:
-            for flag in set(action.option_strings) - differ_in_the_reference - {'-h', '--help'}:
+            for flag in set(action.option_strings) - differ_on_purpose - {'-h', '--help'}:
                 setting = (action.default, action.type, action.nargs)
                 assert seen.setdefault(flag, (setting, script))[0] == setting, f'{flag}: {script} and {seen[flag][1]}'
 
@@ -82,7 +82,7 @@ def test_defaults_of_the_reference(script):
     assert {name: parser.get_default(name) for name in REFERENCE_DEFAULTS[script]} == REFERENCE_DEFAULTS[script]
 
 
-REQUIRED = {'train_SEAM': set(), 'infer_SEAM': {'weights'}, 'train_aff': {'la_crf_dir', 'ha_crf_dir'},
+REQUIRED = {'train_SEAM': set(), 'infer_SEAM': set(), 'train_aff': {'la_crf_dir', 'ha_crf_dir'},
             'infer_aff': {'weights', 'cam_dir'}, 'evaluation': {'comment'}}
 
 

@@ -12,30 +12,43 @@ class BadInput(ValueError):
     """A file or a flag that the user has to change. Its text is one line: what, which file, which flag."""
 
 
+class CannotWrite(BadInput):
+    """A file that cannot be written: the disk is full, or the folder read-only."""
+
+
 class NotFinite(ArithmeticError):
     """A loss that is no number any more. Its text is one line, as BadInput's."""
 
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """Wraps a script's `main`: a BadInput or NotFinite ends the script with one line on stderr and exit code 2."""
+    """Wraps a script's `main`. BadInput, NotFinite and a killed loader process end the script with one line on stderr
+    and exit code 2, Ctrl-C with 130; output into a closed pipe (`| head`) ends it without a word, with 141. Characters
+    that the console cannot print become escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
-        yield
-    except (BadInput, NotFinite) as error:
-        # A DataLoader worker hands its exceptions over with the whole traceback as their text;
-        # the message proper is its last line, behind the class name.
-        line = str(error).rstrip().rsplit('\n', 1)[-1].split('BadInput: ', 1)[-1]
-        tqdm.write(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)   # below a progress bar
-        sys.exit(2)
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
-            raise
-        tqdm.write(f'{os.path.basename(sys.argv[0])}: error: a loader process was killed, perhaps for lack of memory '
-                   '(--num_workers)', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        tqdm.write('interrupted', file=sys.stderr)
-        sys.exit(130)
+        try:
+            yield
+        except (BadInput, NotFinite) as error:
+            exit_with(f'error: {error}', 2)
+        except RuntimeError as error:
+            if 'DataLoader worker' not in str(error):
+                raise
+            exit_with('error: a loader process was killed, perhaps for lack of memory (--num_workers)', 2)
+        except KeyboardInterrupt:
+            exit_with('interrupted', 130)
+        finally:
+            print(end='', flush=True)       # a closed pipe is noticed here, not when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)                       # as of a process that SIGPIPE ends
+
+
+def exit_with(line, code):
+    tqdm.write(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr)     # below a progress bar
+    sys.exit(code)
 
 
 def check_dir(path, flag):

@@ -1,55 +1,94 @@
 """The dense CRF of one image, in pydensecrf or in PyTorch."""
+import importlib.util
+from typing import NamedTuple
+
 import numpy as np
 
 from tool.cli import BadInput
+from tool.workers import available_cores
+
+ITERATIONS = 10         # of mean field
+
+
+class Kernels(NamedTuple):
+    """The Gaussian kernels of the CRF: those of AffinityNet, which the published numbers are of."""
+    sxy_gauss: float = 3            # pixels
+    compat_gauss: float = 3         # weight
+    sxy_bilateral: float = 80       # pixels
+    srgb: float = 13                # grey levels
+    compat_bilateral: float = 10    # weight
+
+
+def describe_crf(t=ITERATIONS, kernels=Kernels()):
+    """The numbers of a CRF, for the settings of a result folder."""
+    return {'iterations': t, **kernels._asdict()}
 
 
 def choose_crf_backend(backend):
-    """What `--crf_backend` stands for: pydensecrf or torch; None: pydensecrf where it is installed. Raises BadInput."""
+    """What `--crf_backend` stands for: pydensecrf or torch; None: pydensecrf where it is installed and works, else
+    torch with a line that says why. Raises BadInput."""
     if backend == 'torch':
         return backend
     try:
-        import pydensecrf.densecrf      # noqa: F401
-    except ImportError as error:
+        crf_inference(np.zeros((1, 1, 3), np.uint8), np.full((2, 1, 1), 0.5, np.float32), t=1)
+    except Exception as error:          # a broken build raises ImportError, ValueError, AttributeError, ...
+        cause = 'is not installed'
+        if importlib.util.find_spec('pydensecrf'):
+            cause = f'is installed, but broken: {" ".join(str(error).split())[:300]}'
         if backend is None:
-            print('pydensecrf is not installed: the CRF runs in PyTorch (--crf_backend torch)')
+            print(f'pydensecrf {cause}; the CRF runs in PyTorch (--crf_backend torch)')
             return 'torch'
-        raise BadInput('--crf_backend pydensecrf: pip install pydensecrf2 (a C++ compiler, Python 3.11 or 3.12), or '
-                       'take --crf_backend torch') from error
+        raise BadInput(f'--crf_backend pydensecrf: it {cause}; pip install pydensecrf2 (a C++ compiler, Python 3.11 or '
+                       '3.12), or take --crf_backend torch') from error
     return 'pydensecrf'
 
 
-def crf_inference(img, probs, t=10, scale_factor=1, labels=None, backend='pydensecrf', device='cpu'):
+def choose_crf_workers(workers, backend, device):
+    """What `--crf_workers` stands for; None: all cores where a GPU runs the network, else none. backend: of the CRF,
+    None where there is no CRF. PyTorch's needs no processes."""
+    if backend != 'pydensecrf':
+        return 0
+    if workers is None:
+        return available_cores() if device.type == 'cuda' else 0
+    return workers
+
+
+def crf_inference(img, probs, t=ITERATIONS, scale_factor=1, labels=None, kernels=Kernels(), backend='pydensecrf',
+                  device='cpu'):
     """The dense CRF of one set of scores, float32 (labels, H, W), whose number may be left out: see `crf_inferences`.
     Returns float32 (labels, H, W)."""
     if labels is not None and len(probs) != labels:
         raise ValueError(f'probs have {len(probs)} labels, not {labels}')
-    return crf_inferences(img, [probs], t, scale_factor, backend, device)[0]
+    return crf_inferences(img, [probs], t, scale_factor, kernels, backend, device)[0]
 
 
-def crf_inferences(img, several_probs, t=10, scale_factor=1, backend='pydensecrf', device='cpu'):
-    """Fully connected CRF (Kraehenbuehl and Koltun 2011) with the kernels of AffinityNet, for several sets of scores of
-    one image: its filters are set up once.
+def crf_inferences(img, several_probs, t=ITERATIONS, scale_factor=1, kernels=Kernels(), backend='pydensecrf',
+                   device='cpu'):
+    """Fully connected CRF (Kraehenbuehl and Koltun 2011) for several sets of scores of one image: its filters are set
+    up once.
 
     img: uint8 (H, W, 3) RGB. several_probs: list of float32 (labels, H, W); clipped to [1e-5, 1], columns need not sum
-    to 1. t: mean-field iterations. scale_factor divides the spatial extents (pixels). backend: pydensecrf, or torch on
-    `device`, the same up to rounding.
+    to 1. t: mean-field iterations. scale_factor divides the spatial extents of the kernels. backend: pydensecrf, or
+    torch on `device`, the same up to rounding.
     Returns a list of float32 (labels, H, W), posteriors that sum to 1 per pixel.
     """
     shape = (len(several_probs[0]), *img.shape[:2])
     if any(probs.shape != shape for probs in several_probs):
         raise ValueError(f'probs have the shapes {[probs.shape for probs in several_probs]}, not all {shape}')
+    kernels = kernels._replace(sxy_gauss=kernels.sxy_gauss / scale_factor,
+                               sxy_bilateral=kernels.sxy_bilateral / scale_factor)
     if backend == 'torch':
         from tool.densecrf import DenseCRF, unary_energy
         energies = unary_energy(np.stack(several_probs))
-        return list(DenseCRF(img, scale_factor, device=device).inference(energies, t).cpu().numpy())
+        return list(DenseCRF(img, kernels, device).inference(energies, t).cpu().numpy())
 
-    import pydensecrf.densecrf as dcrf
+    from pydensecrf.densecrf import DenseCRF2D
     from pydensecrf.utils import unary_from_softmax
     labels, h, w = shape
-    crf = dcrf.DenseCRF2D(w, h, labels)
-    crf.addPairwiseGaussian(sxy=3 / scale_factor, compat=3)
-    crf.addPairwiseBilateral(sxy=80 / scale_factor, srgb=13, rgbim=np.array(img, order='C'), compat=10)
+    crf = DenseCRF2D(w, h, labels)
+    crf.addPairwiseGaussian(sxy=kernels.sxy_gauss, compat=kernels.compat_gauss)
+    crf.addPairwiseBilateral(sxy=kernels.sxy_bilateral, srgb=kernels.srgb, rgbim=np.array(img, order='C'),
+                             compat=kernels.compat_bilateral)
     posteriors = []
     for probs in several_probs:
         crf.setUnaryEnergy(np.ascontiguousarray(unary_from_softmax(probs, clip=1e-5)))

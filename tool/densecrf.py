@@ -149,16 +149,15 @@ def unary_energy(probs, clip=1e-5):
 class DenseCRF:
     """Fully connected CRF of one image; the lattices are built once and serve any number of `inference` calls.
 
-    img: uint8 (H, W, 3) RGB, array or tensor. The pairwise energy of two pixels with different labels
-    (Kraehenbuehl and Koltun, eq. 3) is compat_gauss times a Gaussian of their distance (sxy_gauss pixels) plus
-    compat_bilateral times one of distance (sxy_bilateral pixels) and colour (srgb grey levels). Each kernel is
-    normalised symmetrically: k(i, j) / sqrt(sum_l k(i, l) * sum_l k(j, l)). scale_factor divides the spatial extents.
+    img: uint8 (H, W, 3) RGB, array or tensor. kernels: tool.crf.Kernels. The pairwise energy of two pixels with
+    different labels (Kraehenbuehl and Koltun, eq. 3) is compat_gauss times a Gaussian of their distance (sxy_gauss
+    pixels) plus compat_bilateral times one of distance (sxy_bilateral pixels) and colour (srgb grey levels). Each
+    kernel is normalised symmetrically: k(i, j) / sqrt(sum_l k(i, l) * sum_l k(j, l)).
     Raises ValueError for another img, and for extents so small that the lattice cannot be numbered.
     """
 
     @torch.no_grad()
-    def __init__(self, img, scale_factor=1, sxy_gauss=3, compat_gauss=3, sxy_bilateral=80, srgb=13,
-                 compat_bilateral=10, device='cpu'):
+    def __init__(self, img, kernels, device='cpu'):
         img = to_tensor(img, device=device)
         if img.dtype != torch.uint8 or img.ndim != 3 or img.shape[2] != 3 or not img.numel():
             raise ValueError(f'the image is {img.dtype} {tuple(img.shape)}, not uint8 (H, W, 3)')
@@ -173,8 +172,9 @@ class DenseCRF:
 
         self.lattices = []
         for features, compat in (
-                (in_units(place, sxy_gauss / scale_factor), compat_gauss),
-                (torch.cat([in_units(place, sxy_bilateral / scale_factor), in_units(colour, srgb)]), compat_bilateral)):
+                (in_units(place, kernels.sxy_gauss), kernels.compat_gauss),
+                (torch.cat([in_units(place, kernels.sxy_bilateral), in_units(colour, kernels.srgb)]),
+                 kernels.compat_bilateral)):
             lattice = PermutohedralLattice(features)
             norm = (lattice.filter(features.new_ones(features.shape[1], 1))[:, 0] + 1e-20).rsqrt()
             lattice.scale(norm, norm * compat)
@@ -199,16 +199,3 @@ class DenseCRF:
                 logits += lattice.filter(posterior.view(-1, s * k))
             posterior = softmax_(logits.view(-1, s, k))
         return posterior.view(-1, s * k).T.reshape(s, k, self.h, self.w)
-
-
-def dense_crf(img, probs, t=10, scale_factor=1, device='cpu'):
-    """`crf_inference` without pydensecrf: the kernels of AffinityNet.
-
-    img: uint8 (H, W, 3) RGB. probs: float32 (labels, H, W), array or tensor; clipped to [1e-5, 1], columns need not
-    sum to 1. t: mean-field iterations. scale_factor divides the spatial extents (pixels).
-    Returns a float32 array (labels, H, W) of posteriors that sum to 1 per pixel.
-    """
-    if len(probs.shape) != 3 or tuple(probs.shape[1:]) != tuple(img.shape[:2]):
-        raise ValueError(f'probs have shape {tuple(probs.shape)}, the image {tuple(img.shape)}')
-    crf = DenseCRF(img, scale_factor, device=device)
-    return crf.inference(unary_energy(probs)[None], t)[0].cpu().numpy()

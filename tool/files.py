@@ -4,21 +4,21 @@ import hashlib
 import os
 import tempfile
 
-from tool.cli import BadInput
+from tool.cli import CannotWrite
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """Opens a temporary binary file beside `path` and renames it to `path` when the block ends well.
 
-    A run that is killed, or an error in the block, leaves `path` as it was. Raises BadInput where the disk is full
-    or the folder is read-only.
+    A run that is killed, or an error in the block, leaves `path` as it was. Raises CannotWrite, a BadInput, where the
+    disk is full or the folder is read-only.
     """
     folder = os.path.dirname(os.path.abspath(path))
     try:
         handle, temporary = tempfile.mkstemp(prefix='.' + os.path.basename(path) + '.', dir=folder)
     except OSError as error:
-        raise BadInput(f'cannot write {path}: {error.strerror}') from error
+        raise CannotWrite(f'cannot write {path}: {error.strerror}') from error
     try:
         with os.fdopen(handle, 'wb') as file:
             yield file
@@ -29,7 +29,7 @@ def atomic_write(path):
     except BaseException as error:
         os.unlink(temporary)
         if isinstance(error, OSError):
-            raise BadInput(f'cannot write {path}: {error.strerror}') from error
+            raise CannotWrite(f'cannot write {path}: {error.strerror}') from error
         raise
 
 

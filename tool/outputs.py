@@ -1,4 +1,4 @@
-"""Output folders of long runs: what is finished already, what may be skipped, and whether the disk will do."""
+"""Result folders of long runs: what is finished, what may be skipped, whether the disk will do."""
 import contextlib
 import json
 import os
@@ -6,68 +6,128 @@ import shutil
 
 from tqdm import tqdm
 
-from tool.cli import BadInput, make_dir
-from tool.files import atomic_write
+from tool.cli import BadInput, CannotWrite, make_dir
+from tool.devices import is_out_of_memory
+from tool.files import atomic_write, file_digest
 
 SETTINGS = 'settings.json'
-# what a whole file of ours ends with: a pickle, a zip directory without comment, a PNG
+# what a complete file of ours ends with: a pickle, a zip directory without comment, a PNG
 LAST_BYTES = {'.npy': b'.', '.npz': b'\0\0', '.png': b'IEND\xaeB`\x82'}
+OUTDATED = 10 ** 9      # seconds since 1970: a file dated before September 2001 is to be made again
 
 
 def read_settings(folder):
-    """What `open_folder` has written about a folder; an empty dict where there is nothing. Raises BadInput."""
+    """The settings that `ResultFolder.open` has written into a folder; None where there are none. Raises BadInput."""
     path = os.path.join(folder, SETTINGS)
     if not os.path.isfile(path):
-        return {}
+        return None
     try:
         with open(path, encoding='utf-8') as file:
             return dict(json.load(file))
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f'cannot read {path}: {error}; name another folder, or --overwrite') from error
+        raise BadInput(f'cannot read {path}: {error}; remove it') from error
 
 
-def open_folder(folder, flag, settings, overwrite, paths):
-    """Creates an output folder, or takes up one that was made with the same settings (a dict for json).
+def results_in(folder):
+    """Paths of the results in a folder, whatever their names, sorted."""
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if os.path.splitext(name)[1] in LAST_BYTES and not name.startswith('.')]
 
-    Raises BadInput, naming the difference, for a folder of other settings, and for one with results of unknown
-    settings. With `overwrite` it is taken over, and the results among `paths` are removed: after the settings, so that
-    a run killed in between leaves no old result that passes for one of the new settings.
+
+def describe_folder(folder, flag):
+    """What tells the files of an input folder from others, wherever it lies, for the settings of what is made from
+    them: its settings, each under `flag`; for a folder of other programs the digest of its first file."""
+    settings = read_settings(folder)
+    if settings is None:
+        settings = {'first file': file_digest(path) for path in results_in(folder)[:1]}
+    return {f'{flag} {key}': value for key, value in settings.items()}
+
+
+class ResultFolder:
+    """A folder with one file an image, NAME + extension, all of the same settings, which it keeps in settings.json.
+
+    settings: a dict for json of what the files depend on: numbers and digests, not paths, which can be written in many
+    ways. flag: the command-line flag that named the folder.
     """
-    make_dir(folder, flag)
-    settings = json.loads(json.dumps(settings))
-    if overwrite:
-        for path in (os.path.join(folder, SETTINGS), *paths):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-    before = read_settings(folder)
-    differ = [f'{key} was {before.get(key)}, is {settings.get(key)}'
-              for key in {**before, **settings} if before.get(key) != settings.get(key)]
-    if not before:
-        results = any(os.path.splitext(name)[1] in LAST_BYTES for name in os.listdir(folder))
-        differ = [f'it has results and no {SETTINGS}'] if results else []
-    if differ and not overwrite:
-        raise BadInput(f'{folder} ({flag}) was made with other settings: {"; ".join(differ)}. Name another folder, '
-                       'or make it anew with --overwrite')
-    with atomic_write(os.path.join(folder, SETTINGS)) as file:
-        file.write(json.dumps(settings, indent=1).encode())
+
+    def __init__(self, path, flag, extension, settings):
+        self.path, self.flag, self.extension = path, flag, extension
+        self.settings = json.loads(json.dumps(settings))        # as they are read back
+
+    def file(self, name):
+        return os.path.join(self.path, name + self.extension)
+
+    def is_finished(self, name):
+        """Whether the file of an image is complete (its last bytes are there: copies can be cut) and not outdated."""
+        end = LAST_BYTES[self.extension]
+        try:
+            with open(self.file(name), 'rb') as file:
+                file.seek(-len(end), os.SEEK_END)
+                return file.read() == end and os.stat(file.fileno()).st_mtime > OUTDATED
+        except OSError:
+            return False
+
+    def open(self, names, resume):
+        """Creates the folder, or takes up one that is there, for these images.
+
+        With `resume`, finished files stay, and BadInput names what differs where they have other or unknown settings.
+        Without it all are made anew: they stay to be read until a new one replaces them, dated 1970, so that a later
+        --resume does not take one for finished, should this run be stopped. The dates are set before the new settings
+        are written, for all files of other settings, else for those of `names`: other ranks share the folder.
+        """
+        make_dir(self.path, self.flag)
+        there = results_in(self.path)
+        differences = self._differences() if there else []
+        if differences and resume:
+            raise BadInput(f'{self.path} ({self.flag}) was made with other settings: {"; ".join(differences)}. Name '
+                           'another folder, or leave --resume out to make it anew')
+        if differences:
+            print(f'warning: {self.path} ({self.flag}) has results of other settings, which are replaced one by one: '
+                  + '; '.join(differences))
+        if not resume:
+            try:
+                ours = {self.file(name) for name in names}
+                for path in there:
+                    if differences or path in ours:
+                        os.utime(path, (0, 0))
+            except OSError as error:
+                raise BadInput(f'cannot make {self.path} ({self.flag}) anew: {error}; name another folder') from error
+        with atomic_write(os.path.join(self.path, SETTINGS)) as file:
+            file.write(json.dumps(self.settings, indent=1).encode())
+
+    def _differences(self):
+        try:
+            before = read_settings(self.path)
+        except BadInput as error:
+            return [str(error)]
+        if before is None:
+            return [f'there is no {SETTINGS}']
+        return [f'{key} was {before.get(key)}, is {self.settings.get(key)}'
+                for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
 
 
-def is_whole(path):
-    """Whether an output file is there to its end; files are written elsewhere and renamed, but copies can be cut."""
-    end = LAST_BYTES[os.path.splitext(path)[1]]
-    try:
-        with open(path, 'rb') as file:
-            file.seek(-len(end), os.SEEK_END)
-            return file.read() == end
-    except OSError:
-        return False
+def open_folders(folders, names, resume, inputs=()):
+    """Opens ResultFolders for a run over `names`. Returns the names that lack a finished file in one of them.
+    Raises BadInput also where two of them, or one and a folder of `inputs`, are the same: it has one settings.json."""
+    paths = [os.path.realpath(path) for path in (*(folder.path for folder in folders), *filter(None, inputs))]
+    for folder in folders:
+        if paths.count(os.path.realpath(folder.path)) > 1:
+            raise BadInput(f'{folder.path} ({folder.flag}) is the folder of other files of this run too: name another')
+    for folder in folders:
+        folder.open(names, resume)
+    todo = [name for name in names if not all(folder.is_finished(name) for folder in folders)]
+    if len(todo) < len(names):
+        print(f'{len(names) - len(todo)} of {len(names)} images are finished')
+    return todo
 
 
 class SkipBad:
-    """A dataset whose items may be the BadInput that reading them raised, for `Errors` to judge."""
+    """The items of a dataset for some of its names. In place of an item that cannot be had stands its error, for
+    `Errors` to judge: a loader process that raised it would end the loading."""
 
-    def __init__(self, dataset, indices):
-        self.dataset, self.indices = dataset, indices
+    def __init__(self, dataset, names):
+        place = {name: index for index, name in enumerate(dataset.img_name_list)}
+        self.dataset, self.indices = dataset, [place[name] for name in names]
 
     def __len__(self):
         return len(self.indices)
@@ -75,20 +135,30 @@ class SkipBad:
     def __getitem__(self, number):
         try:
             return self.dataset[self.indices[number]]
-        except BadInput as error:
+        except (BadInput, MemoryError) as error:
             return error
 
 
 class Errors:
-    """What `--on_error` does with a BadInput: stop raises it, skip keeps it for the end."""
+    """What `--on_error` does with a bad image, and with one for which memory runs out: stop raises a BadInput, skip
+    keeps it for the end. memory_help: what the user may change where memory runs out."""
 
-    def __init__(self, on_error):
-        self.skip, self.lines = on_error == 'skip', []
+    def __init__(self, on_error, memory_help):
+        self.skip, self.memory_help, self.lines = on_error == 'skip', memory_help, []
 
-    def add(self, error):
-        if not self.skip:
-            raise error
-        self.lines.append(str(error))
+    @contextlib.contextmanager
+    def caught(self, name):
+        """The context in which the image `name` is worked on. A disk that is full stops the run in any case."""
+        try:
+            yield
+        except CannotWrite:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                error = BadInput(f'out of memory at the image {name}; what helps: {self.memory_help}')
+            if not (self.skip and isinstance(error, BadInput)):
+                raise error
+            self.lines.append(str(error))
 
     def report(self):
         """Lists what was skipped. Returns the exit code: 3 where something was, else 0; also for a rank of torchrun,
@@ -96,6 +166,25 @@ class Errors:
         for line in self.lines:
             tqdm.write(f'skipped: {line}')
         return 3 if self.lines and 'WORLD_SIZE' not in os.environ else 0
+
+
+@contextlib.contextmanager
+def no_more_than_a_warning(what):
+    """For pictures, which must not stop an inference: whatever goes wrong is one line."""
+    try:
+        yield
+    except Exception as error:
+        tqdm.write(f'warning: {what}: {" ".join(str(error).split()) or type(error).__name__}')
+
+
+def warn_of_background(shares, folder, flag):
+    """Warns where the labels of a run have hardly any background, or hardly anything else: then the exponent `flag`
+    does not suit the CAMs. shares: of each image, the share of its pixels that are background."""
+    share = sum(shares) / max(len(shares), 1)
+    if shares and not 0.05 < share < 0.97:
+        change = 'lower' if share < 0.5 else 'higher'
+        print(f'warning: {share:.1%} of the pixels in {folder} are background; try a {change} {flag}. Where the curve '
+              'of evaluation.py has its best background score s, ln(s) / ln(1 - s) is an exponent to begin with')
 
 
 class SpaceCheck:

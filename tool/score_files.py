@@ -79,6 +79,19 @@ def load_scores(path, flag, kind):
     return {key: value.astype(np.float32) if value.dtype == np.float16 else value for key, value in scores.items()}
 
 
+def load_cams(folder, name, size, num_classes):
+    """The CAM dict of the image `name` in a `--cam_dir` folder, see `load_scores`.
+    Raises BadInput for one that does not fit the image's size (H, W) or the number of classes, and for an empty one."""
+    path = os.path.join(folder, name + '.npy')
+    cam_dict = load_scores(path, '--cam_dir', 'cam')
+    if not cam_dict or max(cam_dict) >= num_classes:
+        raise BadInput(f'{path} (--cam_dir) has the classes {list(cam_dict)}, not some of 0..{num_classes - 1} '
+                       '(--class_names)')
+    if any(class_map.shape != size for class_map in cam_dict.values()):
+        raise BadInput(f'{path} (--cam_dir) does not fit the image, which is {size[0]}x{size[1]}')
+    return cam_dict
+
+
 def strongest_label(scores):
     """Label map (H, W) of a dict {label: scores (H, W)} that is not empty: the highest score's, the first of equals."""
     return np.array(list(scores))[np.stack(list(scores.values())).argmax(axis=0)]

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
 
@@ -16,8 +15,6 @@ from tqdm import tqdm
 from tool.cli import BadInput, NotFinite, check_file, check_range
 from tool.devices import end_ranks, get_rank, is_out_of_memory, peak_memory, seed_gpus
 from tool.files import atomic_write, describe, file_digest
-from tool.outputs import read_settings
-from tool.score_files import find_scores
 from tool.torchutils import read_batches, set_seed
 from tool.unpickle import load_tensors
 
@@ -144,12 +141,6 @@ def digest_inputs(**inputs):
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     return {flag: digest(value) for flag, value in inputs.items()}
-
-
-def describe_scores(folder, flag, names):
-    """What tells one folder of score files from another: the settings that it was made with, or without them the
-    contents of its first file. names: the image names. Raises BadInput, naming the flag."""
-    return read_settings(folder) or file_digest(find_scores(os.path.join(folder, names[0] + '.npy'), flag))
 
 
 def save_checkpoint(path, net, optimizer, scaler, args, inputs):

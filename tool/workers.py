@@ -1,6 +1,7 @@
 """Worker processes. Needs no torch."""
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from tool.cli import BadInput
 def available_cores():
     """Processor cores that this process may use: those of its affinity mask, or fewer where a cgroup limits it, shared
     with the other ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     cores = max(cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
     try:
         with open('/sys/fs/cgroup/cpu.max', encoding='ascii') as file:
@@ -48,10 +49,13 @@ def parallel_map(work, items, num_workers, desc):
 
 
 class BoundedPool:
-    """Runs jobs in worker processes, so many ahead of their end as keep the workers busy and no more; with 0 workers
-    in this process. An error of a job is raised by a later call."""
+    """Runs jobs in worker processes, so many ahead of their end as keep the workers busy and no more; with 0 workers in
+    this process. `results` are what the jobs returned. An error of a job is raised by a later call, or goes to `errors`
+    (see tool/outputs.py) under the job's name. Raises BadInput where a process was killed.
+    """
 
-    def __init__(self, workers):
+    def __init__(self, workers, errors=None):
+        self.results, self._errors = [], errors
         self._waiting, self._most = collections.deque(), 2 * workers
         self._pool = concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context('spawn')) if workers else None
@@ -59,19 +63,29 @@ class BoundedPool:
     def __enter__(self):
         return self
 
-    def submit(self, work, *args):
+    def submit(self, work, *args, name=''):
         if self._pool is None:
-            work(*args)
+            self._take(name, functools.partial(work, *args))
             return
-        self._waiting.append(self._pool.submit(work, *args))
-        while len(self._waiting) > self._most or (self._waiting and self._waiting[0].done()):
-            self._waiting.popleft().result()
+        self._waiting.append((name, self._pool.submit(work, *args)))
+        while len(self._waiting) > self._most or (self._waiting and self._waiting[0][1].done()):
+            name, future = self._waiting.popleft()
+            self._take(name, future.result)
 
-    def __exit__(self, kind, *_):
+    def _take(self, name, get_result):
+        with self._errors.caught(name) if self._errors else contextlib.nullcontext():
+            self.results.append(get_result())
+
+    def __exit__(self, kind, error, _):
         if self._pool is None:
             return
         try:
             while self._waiting and kind is None:
-                self._waiting.popleft().result()
+                name, future = self._waiting.popleft()
+                self._take(name, future.result)
+        except concurrent.futures.BrokenExecutor as broken:
+            error = broken
         finally:
             self._pool.shutdown(cancel_futures=True)
+        if isinstance(error, concurrent.futures.BrokenExecutor):
+            raise BadInput('a CRF process was killed, perhaps for lack of memory (--crf_workers)') from error

@@ -218,7 +218,8 @@ def bench_crf(args):
     img, probs = picture(h, w), [with_background(smooth_maps(h, w), alpha) for alpha in ALPHAS]
     compare('CRF', f'{h}x{w}, 2 alphas, 3 labels', lambda: np.stack([crf.crf_inference(img, x) for x in probs]),
             {'pydensecrf, one lattice': lambda: np.stack(crf.crf_inferences(img, probs)),
-             'PyTorch': lambda: DenseCRF(img, device=args.device).inference(unary_energy(np.stack(probs))).cpu()}, args)
+             'PyTorch': lambda: (
+                 DenseCRF(img, crf.Kernels(), args.device).inference(unary_energy(np.stack(probs))).cpu())}, args)
     workers = available_cores()
     jobs = 2 * workers
 

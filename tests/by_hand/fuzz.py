@@ -1,7 +1,7 @@
 """Feeds damaged and hostile files to the readers of scores, labels and weights that one did not make.
 
-    python tests/fuzz.py --count 200000                 every reader
-    python tests/fuzz.py --count 10000 --seed 1 npy pth
+    python tests/by_hand/fuzz.py --count 200000                 every reader
+    python tests/by_hand/fuzz.py --count 10000 --seed 1 npy pth
 
 Each input is a valid or hostile file, changed at random; number i of a reader depends on the seed and i alone. A reader
 must give a result or a ValueError (as BadInput is) of one printable line, and run nothing: an audit hook sees programs
@@ -20,7 +20,7 @@ import warnings
 import zipfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [os.path.dirname(HERE), HERE]
+sys.path[:0] = [os.path.dirname(os.path.dirname(HERE)), HERE]
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Faults at random moments, the long form of what test_training.py and test_inference.py do in short.
 
-    python tests/soak.py [--rounds 1] [--seed 0]
+    python tests/by_hand/soak.py [--rounds 1] [--seed 0]
 
 Each round kills (-9) every kind of run at random moments, continues it, and compares the result with that of a run
 that was left alone, byte for byte. Then: a disk that fills up, an output folder that cannot be written, a killed loader
@@ -20,7 +20,7 @@ import time
 
 import torch
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 TRAIN = f'--train_list {LIST} --crop_size 48 --batch_size 4 --max_epochs 6 --num_workers 1 --save_every 2'.split()
 RUNS = {        # name -> (command, the flag of its output)
