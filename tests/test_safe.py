@@ -222,8 +222,8 @@ def test_recorded_crf_and_cam_of_the_original_are_told_apart(tmp_path, name, dty
     g = golden('g04_infer_cam')
     cam = {int(key): g[f'{name}:cam_{key}'] for key in g[f'{name}:cam_keys']}
     with_class_0 = {0 if i == 0 else key: value for i, (key, value) in enumerate(cam.items())}
-    for kind, good, bad in (('crf', crf, cam), ('crf', crf, with_class_0), ('cam', cam, crf),
-                            ('cam', with_class_0, {0: np.ones_like(crf[0])})):
+    flat = {0: np.ones_like(crf[0])}        # may be a map of one class
+    for kind, good, bad in (('crf', crf, cam), ('crf', crf, with_class_0), ('cam', cam, crf), ('cam', flat, crf)):
         save_scores(path, good, dtype)
         assert list(load_scores(path, '--x', kind)) == list(good)
         save_scores(path, bad, dtype)
@@ -294,7 +294,7 @@ def test_names_of_any_script_and_both_forms_are_read(file):
 
 def test_list_of_no_text_or_too_much_is_refused(file, monkeypatch):
     refused(load_img_name_list, file('l.txt', b'\xff\xfe\0a'), 'text file')
-    monkeypatch.setattr('voc12.lists.MAX_TEXT', 10)
+    monkeypatch.setattr('tool.lists.MAX_TEXT', 10)
     refused(load_img_name_list, file('l.txt', b'x' * 11), 'larger than')
 
 
