@@ -135,6 +135,7 @@ def get_args_parser():
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
+    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
     parser.add_argument('--weights', help='trained .pth; needed without --cam_dir')
     parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
     parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
@@ -203,7 +204,7 @@ def make_dataset(args, class_names):
 
 
 def load_network(args, num_classes, device):
-    net = import_network(args.network, 'PCM').Net(num_classes=num_classes,
+    net = import_network(args.network, 'PCM', args.backbone)(num_classes=num_classes,
                                                   pcm=args.pcm == 'on' and args.map == 'cam_rv')
     load_weights(net, args.weights)
     # faster on a CPU, by a fifth; not measured on GPUs

@@ -108,6 +108,7 @@ def get_args_parser():
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
+    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
     parser.add_argument('--weights', required=True, help='trained .pth')
     parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
     parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
@@ -150,7 +151,7 @@ def check_args(args):
 
 
 def load_network(args, device):
-    net = import_network(args.network, 'radius').Net()
+    net = import_network(args.network, 'radius', args.backbone)()
     load_weights(net, args.weights)
     # faster on a CPU, by a fifth; not measured on GPUs
     layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format

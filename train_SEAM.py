@@ -128,6 +128,30 @@ def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None
     return terms
 
 
+@torch.no_grad()
+def fit_classifier(net, batches, decay=1e-3):
+    """Starts the classifier as a logistic regression on the mean features of images, the network as it is: a random one
+    on a pretrained backbone needs hundreds of steps for that, and harms the backbone meanwhile.
+
+    batches: (images (N, 3, H, W), labels (N, C)) on the network's device. decay: of the squared weights.
+    """
+    net.eval()
+    pairs = [(net.forward_as_dict(img)['conv6'].mean(dim=(2, 3)), label) for img, label in batches]
+    features, labels = (torch.cat(parts) for parts in zip(*pairs))                    # (images, D), (images, C)
+    weight = features.new_zeros(labels.shape[1], features.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn='strong_wolfe')
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.multilabel_soft_margin_loss(features @ weight.T, labels) + decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    net.fc8.weight[1:] = weight.detach()[:, :, None, None]
+
+
 def forward_losses(model, img, label, args):
     """One or two views of images (N, 3, H, W) through the network. Returns (terms, cam (N, 1+C, H, W), cam_rv)."""
     def forward(img):
@@ -167,9 +191,14 @@ def get_args_parser():
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
+    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights that timm has '
+                                          'for its models, else random')
     parser.add_argument('--reset_head', action='store_true',
                         help='start with a new classifier layer, where --weights were trained on other classes')
+    parser.add_argument('--fit_classifier', action='store_true',
+                        help='first fit the classifier to the features of one pass over the list: for backbones that '
+                             'come without one, as those of timm')
     # objective; the defaults are the paper's, table 1 takes the parts out one by one
     parser.add_argument('--classifier_only', action='store_true',
                         help='classification loss on one view, no SEAM: the CAM baseline of table 1')
@@ -284,7 +313,7 @@ def main(args):
     max_step = epoch_steps * args.max_epoches
 
     # ----- network and optimizer -----
-    net = import_network(args.network, 'PCM').Net(
+    net = import_network(args.network, 'PCM', args.backbone)(
         num_classes=len(class_names), pcm=args.pcm == 'on' and not args.classifier_only, train_bn=args.train_bn,
         checkpointing=args.checkpointing, dropout=args.dropout)
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
@@ -297,6 +326,7 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads, reset=net.classifier if args.reset_head else ())
+    from_scratch = not (args.weights or args.resume or net.load_pretrained())
     net.to(device)
     last = args.session_name + '_last.pth'
     inputs = digest_inputs(train_list=dataset.img_name_list, cls_labels=dataset.labels, class_names=class_names)
@@ -310,10 +340,14 @@ def main(args):
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
-    if not args.weights and not args.resume:
+    if from_scratch:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
             '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(read_batches(loader), 10)))
+    if args.fit_classifier and not args.resume:
+        log('fitting the classifier ...')
+        fit_classifier(net, ((img.to(device), label.to(device)) for _, img, label in
+                             itertools.islice(read_batches(loader), epoch_steps)))
     model = parallel(net.train(), device)
 
     # ----- training -----

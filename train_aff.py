@@ -64,7 +64,9 @@ def get_args_parser():
     parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
     parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; random without it')
+    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights that timm has '
+                                          'for its models, else random')
     # optimisation
     parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
     parser.add_argument('--accum', default=1, type=int,
@@ -113,7 +115,7 @@ def main(args):
         use_deterministic()
 
     # ----- data -----
-    net = import_network(args.network, 'radius').Net(checkpointing=args.checkpointing)
+    net = import_network(args.network, 'radius', args.backbone)(checkpointing=args.checkpointing)
     dataset = VOC12AffDataset(
         args.train_list, label_la_dir=args.la_crf_dir, label_ha_dir=args.ha_crf_dir,
         cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius, num_classes=len(class_names),
@@ -138,6 +140,7 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
     if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads)
+    from_scratch = not (args.weights or args.resume or net.load_pretrained())
     net.to(device)
     last = args.session_name + '_last.pth'
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
@@ -153,7 +156,7 @@ def main(args):
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
-    if not args.weights and not args.resume:
+    if from_scratch:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(read_batches(loader), 10)))
     model = parallel(net.train(), device)

@@ -47,7 +47,7 @@ class AffinityHead(Network):
         """backbone: what the constructor of the backbone takes, such as ResNet38's `width`."""
         super().__init__(**backbone)
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
-        narrow4, narrow5, narrow6 = max(conv4 // 8, 1), max(conv5 // 8, 1), max(conv6 // 16, 1)     # 64, 128, 256
+        narrow4, narrow5, narrow6 = self.width, 2 * self.width, 4 * self.width      # 64, 128, 256 in the paper
         embedded = narrow4 + narrow5 + narrow6
         self.f8_3 = nn.Conv2d(conv4, narrow4, 1, bias=False)
         self.f8_4 = nn.Conv2d(conv5, narrow5, 1, bias=False)

@@ -13,6 +13,7 @@ class Network(nn.Module):
 
     A backbone is a subclass of Network with
       channels: dict, the widths of its feature maps, {'conv4': ..., 'conv5': ..., 'conv6': ...};
+      width: heads project conv4, conv5 and conv6 to width, 2 width and 4 width channels; 64 without it;
       not_training: list of the layers that stay frozen; none without it;
       forward_as_dict(x): normalised images (N, 3, H, W) -> dict of the feature maps conv4, conv5 and conv6, each
         (N, its channels, h, w) after its activation, all of one h and w, whatever they are.
@@ -30,6 +31,7 @@ class Network(nn.Module):
     new_heads = ()      # state-dict names of the weights that the head adds to the backbone, in module order
     classifier = ()     # those of them whose shape follows from the number of classes
     not_training = ()
+    width = 64
     train_bn = checkpointing = False
 
     def set_options(self, train_bn, checkpointing, dropout):
@@ -38,6 +40,15 @@ class Network(nn.Module):
         for module in self.modules():
             if isinstance(module, _DropoutNd):
                 module.p *= dropout
+
+    def load_pretrained(self):
+        """Loads the ImageNet weights that come with the backbone, for a training without --weights. Returns whether there
+        are any; ResNet38 has none. Raises BadInput where they cannot be had."""
+        return False
+
+    def rename_pretrained(self, weights):
+        """The state dict of a weight file, with the names of this network in place of those of ImageNet files."""
+        return weights
 
     def run(self, layer, x):
         """layer(x), whose insides are not kept with `checkpointing`. x: a tensor."""

@@ -69,7 +69,7 @@ class Net(Network):
 
     def __init__(self, width=64):
         super().__init__()
-        w = width
+        self.width = w = width
         self.conv1a = nn.Conv2d(3, w, 3, padding=1, bias=False)
         self.b2 = ResBlock(w, 2 * w, 2 * w, stride=2)
         self.b2_1 = ResBlock(2 * w, 2 * w, 2 * w)

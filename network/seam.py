@@ -40,7 +40,7 @@ class SEAMHead(Network):
         """backbone: what the constructor of the backbone takes, such as ResNet38's `width`."""
         super().__init__(**backbone)
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
-        narrow4, narrow5 = max(conv4 // 8, 1), max(conv5 // 8, 1)       # 64 and 128 on ResNet38, as in the paper
+        narrow4, narrow5 = self.width, 2 * self.width                   # 64 and 128 in the paper
         self.dropout7 = nn.Dropout2d(0.5)
         self.fc8 = nn.Conv2d(conv6, 1 + num_classes, 1, bias=False)
         self.f8_3 = nn.Conv2d(conv4, narrow4, 1, bias=False)

@@ -118,7 +118,7 @@ def load_weights(net, path, new_heads=(), reset=()):
     Raises BadInput (a ValueError), naming the file and the tensors, and leaves net as it was.
     """
     own = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith(COUNTERS)}
-    weights = _strip_wrappers(_read_state_dict(path), own, path)
+    weights = net.rename_pretrained(_strip_wrappers(_read_state_dict(path), own, path))
     weights = {name: tensor for name, tensor in weights.items() if name not in reset}
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]

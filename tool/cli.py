@@ -1,6 +1,7 @@
 """Bad input, and checks of flags. Needs no torch."""
 import argparse
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -79,16 +80,22 @@ def make_dir(path, flag):
         raise BadInput(f'cannot create the folder {path} ({flag}): {error.strerror}') from error
 
 
-def import_network(name, attribute):
-    """The module of the `--network` flag; its class Net must have `attribute`, which tells the kind of network.
-    Raises BadInput."""
+def import_network(name, attribute, backbone=None):
+    """The class Net of the module of the `--network` flag; it must have `attribute`, which tells the kind of network.
+    backbone: of the `--backbone` flag, which the networks of timm take. Raises BadInput."""
     try:
         module = importlib.import_module(name)
     except (ImportError, TypeError, ValueError) as error:
         raise BadInput(f'no network {name} (--network): {error}') from error
-    if not hasattr(getattr(module, 'Net', None), attribute):
+    net = getattr(module, 'Net', None)
+    if not hasattr(net, attribute):
         raise BadInput(f'{name} (--network) is no network for this script: it has no Net.{attribute}')
-    return module
+    if backbone is None:
+        return net
+    if not hasattr(net, 'layers_until'):
+        raise BadInput(f'--backbone {backbone}: {name} (--network) has a backbone of its own; network.timm_SEAM and the '
+                       'like take one')
+    return functools.partial(net, backbone=backbone)
 
 
 def str2bool(text):
