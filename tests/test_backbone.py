@@ -74,9 +74,10 @@ def test_all_four_stages_run_with_it(tmp_path):
     assert sorted(path.stem for path in (tmp_path / 'out_rw').glob('*.png')) == sorted(names)
 
 
-def test_heads_have_the_widths_of_the_backbone():
+def test_heads_join_the_channels_of_the_backbone():
     net = make('mine_SEAM', num_classes=4)
-    assert [tuple(net.get_parameter(name).shape[:2]) for name in net.new_heads] == [(5, 32), (2, 16), (3, 24), (5, 8)]
+    assert [tuple(net.get_parameter(name).shape[:2]) for name in net.new_heads] == [
+        (5, 32), (64, 16), (128, 24), (192, 195)]
 
 
 def test_parameter_groups_cover_linear_layers_and_biases_and_leave_the_norms_out():

@@ -1,12 +1,13 @@
 """Image transforms. Images are (H, W, C) unless a name says CHW."""
 import random
 
+import cv2
 import numpy as np
 from PIL import Image
 
 # people look for these here
 from tool.crf import crf_inference      # noqa: F401
-from tool.image_files import read_image, read_label_map, save_label_map      # noqa: F401
+from tool.image_files import IGNORE, read_image, read_label_map, save_label_map      # noqa: F401
 from tool.score_files import load_scores, save_scores      # noqa: F401
 
 MEAN = (0.485, 0.456, 0.406)       # of ImageNet, RGB in 0..1
@@ -98,3 +99,65 @@ class AvgPool2d:
         h, w, c = img.shape
         rows = img.reshape(h // k, k, w, c).sum(axis=1)         # both axes in one go take five times as long
         return rows.reshape(h // k, w // k, k, c).sum(axis=2) / k ** 2
+
+
+# ----- transforms of an image and its label map, for segmentation: (img (H, W, 3), label (H, W)) -> the same, with the
+# draws of Python's `random` in the order of the reference, which rescales with OpenCV and not with Pillow -----
+
+class JitterHSV:
+    """Adds whole numbers within +-hue, +-saturation, +-value to the channels of 8-bit HSV (hue 0..179, which goes
+    round; the others stop at 0 and 255). img: uint8 RGB."""
+
+    def __init__(self, hue, saturation, value):
+        self.most = hue, saturation, value
+
+    def __call__(self, img, label):
+        hue, saturation, value = (random.randint(-most, most) for most in self.most)
+        hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV).astype(np.int16)
+        hsv = np.stack([(hsv[..., 0] + hue) % 180, np.clip(hsv[..., 1] + saturation, 0, 255),
+                        np.clip(hsv[..., 2] + value, 0, 255)], axis=-1)
+        return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB), label
+
+
+def mirror_at_random(img, label):
+    """Mirrors both half of the time."""
+    if random.random() < 0.5:
+        return np.fliplr(img).copy(), np.fliplr(label).copy()
+    return img, label
+
+
+def rescale(img, factor, interpolation=cv2.INTER_CUBIC):
+    """(H, W[, C]) scaled by a factor: sides rounded half to even, samples exactly 1/factor apart, not smoothed."""
+    return cv2.resize(img, None, fx=factor, fy=factor, interpolation=interpolation)
+
+
+class RandomScale:
+    """Scales both by a factor uniform in low..high: the image bicubic, the label to the nearest pixel."""
+
+    def __init__(self, low, high):
+        self.low, self.high = low, high
+
+    def __call__(self, img, label):
+        factor = random.random() * (self.high - self.low) + self.low
+        return rescale(img, factor), rescale(label, factor, cv2.INTER_NEAREST)
+
+
+def normalize_image(img, label):
+    """`normalize` in float32 arithmetic throughout; the label stays."""
+    return normalize(img.astype(np.float32)), label
+
+
+class RandomCropBoth:
+    """Crops both to cropsize x cropsize; outside the image is 0 (the mean colour, once normalised), the label 255."""
+
+    def __init__(self, cropsize):
+        self.cropsize = cropsize
+
+    def __call__(self, img, label):
+        top, bottom, left, right, img_top, img_bottom, img_left, img_right = get_random_crop_box(
+            label.shape, self.cropsize)
+        crop = np.zeros((self.cropsize, self.cropsize, 3), np.float32)
+        crop_label = np.full((self.cropsize, self.cropsize), IGNORE, np.uint8)
+        crop[top:bottom, left:right] = img[img_top:img_bottom, img_left:img_right]
+        crop_label[top:bottom, left:right] = label[img_top:img_bottom, img_left:img_right]
+        return crop, crop_label

@@ -20,19 +20,21 @@ class PolyOptimizer(torch.optim.SGD):
 
     The reference passed weight_decay into SGD's momentum slot, and its numbers were made so: momentum=None
     repeats that. Weight decay comes only from the groups' own `weight_decay` entries; a group without one has 0.
+    lr_steps: the steps in which the learning rate would reach 0; max_step without it.
     """
 
-    def __init__(self, params, lr, weight_decay, max_step, power=0.9, momentum=None):
+    def __init__(self, params, lr, weight_decay, max_step, power=0.9, momentum=None, lr_steps=None):
         super().__init__(params, lr, momentum=weight_decay if momentum is None else momentum)
         self.global_step = 0
         self.max_step = max_step
+        self.lr_steps = lr_steps or max_step
         self.power = power
         for group in self.param_groups:
             group['initial_lr'] = group['lr']
 
     def step(self, closure=None):
         for group in self.param_groups:
-            group['lr'] = poly_lr(group['initial_lr'], self.global_step, self.max_step, self.power)
+            group['lr'] = poly_lr(group['initial_lr'], self.global_step, self.lr_steps, self.power)
         loss = super().step(closure)
         self.global_step += 1
         return loss

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from tool import image_files, imutils, score_files
 from tool.affinity_pairs import fit_radius, pair_indices
-from tool.cli import BadInput
+from tool.cli import BadInput, check_file
 from tool.image_files import IGNORE
 from voc12.lists import CAT_LIST, check_images, get_img_path, load_img_name_list, load_labels
 
@@ -146,3 +146,41 @@ class VOC12AffDataset(VOC12ImageDataset):
             if label_transform:
                 label = label_transform(label)
         return name, img, self.extract_aff_label(fuse_crf_labels(label))
+
+
+class VOC12SegDataset(VOC12ImageDataset):
+    """(name, image, label): float32 (3, S, S) and int64 (S, S), 0 background, 1..C, 255 ignored, out of the label maps
+    `label_dir`/NAME.png. Each of `transforms` takes and returns (img (H, W, 3), label (H, W))."""
+
+    def __init__(self, img_name_list_path, voc12_root, label_dir, num_classes=len(CAT_LIST), transforms=()):
+        super().__init__(img_name_list_path, voc12_root)
+        self.label_dir, self.num_classes, self.transforms = label_dir, num_classes, transforms
+        for name in self.img_name_list:
+            check_file(self.label_path(name), '--label_dir')
+
+    def label_path(self, name):
+        return os.path.join(self.label_dir, name + '.png')
+
+    def read_label(self, name, size):
+        """uint8 (H, W) of an image of that size. Raises BadInput for what cannot be trained on."""
+        path = self.label_path(name)
+        label = image_files.read_label_map(path, '--label_dir')
+        if label.shape != size:
+            raise BadInput(f'{path} (--label_dir) is {label.shape[0]}x{label.shape[1]}, its image {size[0]}x{size[1]}')
+        values = np.unique(label)
+        if values[0] == IGNORE:
+            raise BadInput(f'{path} (--label_dir) is {IGNORE}, ignored, at every pixel: take the image out of the list '
+                           '(--train_list)')
+        beyond = values[(values > self.num_classes) & (values < IGNORE)]
+        if len(beyond):
+            raise BadInput(f'{path} (--label_dir) has the label {beyond[0]}, more than the {self.num_classes} classes '
+                           'of --class_names')
+        return label
+
+    def __getitem__(self, idx):
+        name, img = super().__getitem__(idx)
+        img = np.asarray(img)
+        label = self.read_label(name, img.shape[:2])
+        for transform in self.transforms:
+            img, label = transform(img, label)
+        return name, torch.from_numpy(np.ascontiguousarray(imutils.HWC_to_CHW(img))), torch.from_numpy(label).long()

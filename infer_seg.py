@@ -1,0 +1,148 @@
+"""Step 8: label maps of a trained segmentation network. See the README."""
+import argparse
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from network.weights import load_weights
+from tool import imutils
+from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network
+from tool.crf import Kernels, choose_crf_backend, choose_crf_workers, crf_inference, describe_crf
+from tool.devices import autocast, get_device, get_rank
+from tool.files import file_digest
+from tool.image_files import save_label_map
+from tool.outputs import Errors, ResultFolder, SkipBad, open_folders
+from tool.score_files import save_scores
+from tool.workers import BoundedPool
+from voc12.data import VOC12ImageDataset
+from voc12.lists import load_class_names
+
+CRF_STEPS, CRF_KERNELS = 1, Kernels(sxy_bilateral=32)       # as published; one iteration, and a smaller kernel
+
+
+@torch.inference_mode()
+def multi_scale_probability(net, img, scales, flip=True, device='cpu', amp='off'):
+    """Class probabilities of an image, float32 (1+C, H, W): the softmax of the mean logits over scales and mirrors.
+
+    img: float32 (H, W, 3), normalised before it is rescaled. Each pass's logits are enlarged to (H, W) before the mean.
+    """
+    total, passes = 0, 0
+    for scale in scales:
+        view = torch.from_numpy(imutils.HWC_to_CHW(imutils.rescale(img, scale)).copy())[None].to(device)
+        for mirrored in (False, True) if flip else (False,):
+            with autocast(view.device, amp):
+                logits = net(view.flip(-1) if mirrored else view)
+            logits = F.interpolate(logits.float(), img.shape[:2], mode='bilinear', align_corners=True)
+            total = total + (logits.flip(-1) if mirrored else logits)
+            passes += 1
+    return F.softmax(total[0] / passes, dim=0).cpu().numpy()
+
+
+def write_results(prob, img, label_path, prob_path, crf, backend, device):
+    """Writes label map and probabilities of one image; the job of a worker process where there is a CRF.
+
+    prob: float32 (1+C, H, W); img: float32 (H, W, 3), normalised; a path is None for what is not asked for.
+    """
+    if crf:
+        orig_img = imutils.denormalize(imutils.HWC_to_CHW(img))         # a tenth of the values end 1 lower, as published
+        prob = crf_inference(orig_img, prob, CRF_STEPS, kernels=CRF_KERNELS, backend=backend, device=device)
+    if label_path:
+        save_label_map(label_path, prob.argmax(axis=0))
+    if prob_path:
+        save_scores(prob_path, dict(enumerate(prob)))
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # data
+    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
+    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    # network
+    parser.add_argument('--network', default='network.resnet38_deeplab', help='module with a class Net')
+    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_deeplab')
+    parser.add_argument('--weights', required=True, help='trained .pth')
+    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+                        help='half-precision network: less memory and time on a GPU')
+    # test protocol; the defaults are those of the published numbers
+    parser.add_argument('--scales', default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], type=float, nargs='+',
+                        help='factors of the image size')
+    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
+                        help='1: each scale is run with its mirror image; 0: without')
+    parser.add_argument('--crf', default='on', choices=['on', 'off'],
+                        help='one iteration of the dense CRF on the probabilities')
+    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
+                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
+    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
+                                                        'all cores where a GPU runs the network, else 0')
+    # outputs
+    parser.add_argument('--out_seg', help='folder for the label maps, NAME.png')
+    parser.add_argument('--out_prob', help='folder for the probabilities, NAME.npy: a dict as of the CRF')
+    parser.add_argument('--resume', action='store_true',
+                        help='keep finished files, in folders of the same settings; without it all are made anew')
+    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
+                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    return parser
+
+
+def check_args(args):
+    if not (args.out_seg or args.out_prob):
+        raise BadInput('nothing to write: give --out_seg or --out_prob')
+    check_range(args, 0.01, 100, 'scales')
+    check_range(args, 0, 256, 'num_workers')
+    check_file(args.weights, '--weights')
+
+
+def normalize(img):
+    """`imutils.normalize` in float32 arithmetic throughout, as in training."""
+    return imutils.normalize(np.asarray(img, np.float32))
+
+
+def main(args):
+    check_args(args)
+    class_names = load_class_names(args.class_names)
+    device = get_device(args.device, args.tf32)
+    backend = choose_crf_backend(args.crf_backend) if args.crf == 'on' else None
+
+    # ----- data and network -----
+    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=normalize)
+    net = import_network(args.network, 'segments', args.backbone)(num_classes=len(class_names))
+    load_weights(net, args.weights)
+    layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
+    net.eval().to(device, memory_format=layout)
+
+    # ----- outputs -----
+    settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'amp')}
+    settings.update(weights=file_digest(args.weights), class_names=class_names,
+                    crf=describe_crf(CRF_STEPS, CRF_KERNELS) if args.crf == 'on' else None)
+    label_folder = ResultFolder(args.out_seg, '--out_seg', '.png', settings) if args.out_seg else None
+    prob_folder = ResultFolder(args.out_prob, '--out_prob', '.npy', settings) if args.out_prob else None
+    folders = [folder for folder in (label_folder, prob_folder) if folder]
+    rank, ranks = get_rank()
+    todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume)
+    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers)
+    errors = Errors(args.on_error, 'smaller --scales, --amp bf16')
+
+    # ----- inference -----
+    with BoundedPool(choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
+        for item, name in zip(tqdm(loader, desc='segmentation', dynamic_ncols=True, disable=None), todo):
+            with errors.caught(name):
+                if isinstance(item, Exception):
+                    raise item
+                img = item[1].numpy()                                       # (H, W, 3)
+                prob = multi_scale_probability(net, img, args.scales, args.flip, device, args.amp)
+                pool.submit(write_results, prob, img, label_folder and label_folder.file(name),
+                            prob_folder and prob_folder.file(name), args.crf == 'on', backend, device, name=name)
+    sys.exit(errors.report())
+
+
+if __name__ == '__main__':
+    with exit_on_bad_input():
+        main(get_args_parser().parse_args())

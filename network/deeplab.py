@@ -1,0 +1,77 @@
+"""DeepLabv1's head (Chen et al. 2015) as the published retraining used it, on any backbone of network/base.py."""
+import torch.nn.functional as F
+from torch import nn
+
+from network.base import NORMS, Network
+
+BN_MOMENTUM = 3e-4      # published: how far a step moves the running statistics
+
+
+class DeepLab(Network):
+    """A segmentation network: one dilated convolution on conv6 of `backbone`, a Network without a head.
+
+    As published, nothing is frozen in training: batch norm normalises by the batch and moves its running statistics by
+    3e-4, in the backbone too; its gains and shifts are in no parameter group, so they stay what they were. With
+    `freeze_bn` all norms use their running statistics, which then stay too.
+    """
+    new_heads = tuple(f'{layer}.{name}' for layer, names in (
+        ('conv_fov', ['weight']), ('bn_fov', ['weight', 'bias', 'running_mean', 'running_var']),
+        ('conv_fov2', ['weight']), ('bn_fov2', ['weight', 'bias', 'running_mean', 'running_var']),
+        ('cls_conv', ['weight', 'bias'])) for name in names)
+    classifier = 'cls_conv.weight', 'cls_conv.bias'
+    segments = True     # tells the kind of network
+
+    def __init__(self, backbone, num_classes=20, freeze_bn=False, checkpointing=False):
+        super().__init__()
+        self.backbone = backbone
+        backbone.set_options(train_bn=True, checkpointing=checkpointing, dropout=1.0)
+        self.freeze_bn = freeze_bn
+        channels = backbone.channels['conv6']
+        hidden = max(channels // 8, 128)                                    # 512 of 4096 on ResNet38
+        self.conv_fov = nn.Conv2d(channels, hidden, 3, padding=12, dilation=12, bias=False)
+        self.bn_fov = nn.BatchNorm2d(hidden)
+        self.conv_fov2 = nn.Conv2d(hidden, hidden, 1, bias=False)
+        self.bn_fov2 = nn.BatchNorm2d(hidden)
+        self.dropout = nn.Dropout(0.5)
+        self.cls_conv = nn.Conv2d(hidden, 1 + num_classes, 1)
+        for conv in (self.conv_fov, self.conv_fov2, self.cls_conv):
+            nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = BN_MOMENTUM
+
+    def train(self, mode=True):
+        """Sets the mode; with `freeze_bn`, norms stay out of training. Returns self."""
+        nn.Module.train(self, mode)
+        for module in self.modules():
+            if isinstance(module, NORMS) and self.freeze_bn:
+                module.eval()
+        return self
+
+    def forward(self, x):
+        """x: normalised images (N, 3, H, W). Returns logits (N, 1+C, H, W), channel 0 the background."""
+        f = self.backbone.forward_as_dict(x)['conv6']                       # (N, channels, h, w)
+        f = F.relu(self.bn_fov(self.conv_fov(f)))
+        f = self.dropout(F.relu(self.bn_fov2(self.conv_fov2(f))))
+        return F.interpolate(self.cls_conv(f), x.shape[2:], mode='bilinear', align_corners=True)
+
+    def get_parameter_groups(self):
+        """Four lists for the optimizer: weights and biases of the backbone, then of the head; no norms."""
+        norms = {id(parameter) for module in self.modules() if isinstance(module, NORMS)
+                 for parameter in module.parameters()}
+        groups = ([], [], [], [])
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in norms:
+                new = 0 if name.startswith('backbone.') else 2
+                groups[new if name.endswith('weight') else new + 1].append(parameter)
+        return groups
+
+    def load_pretrained(self):
+        return self.backbone.load_pretrained()
+
+    def rename_pretrained(self, weights):
+        """Of a file that is not this network's: the backbone's weights, without the head of SEAM or AffinityNet."""
+        if any(name.startswith('backbone.') for name in weights):
+            return weights
+        renamed = self.backbone.rename_pretrained(weights)
+        return {'backbone.' + name: renamed[name] for name in self.backbone.state_dict() if name in renamed} or weights
