@@ -252,6 +252,7 @@ def get_args_parser():
 
 def check_args(args):
     check_training_args(args)
+    check_range(args, 1, 10 ** 6, 'max_epoches')
     check_range(args, 0, 100, 'er_weight', 'ecr_weight', 'rvmin_weight')
     check_range(args, 1, 10 ** 6, 'resize_long')
     check_range(args, 16, 10 ** 5, 'crop_size')

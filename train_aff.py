@@ -10,7 +10,7 @@ from torchvision import transforms
 
 from network.weights import load_weights
 from tool import imutils
-from tool.cli import BadInput, check_dir, exit_on_bad_input, import_network
+from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import (autocast, check_replicas, describe_run, get_device, get_rank, mean_over_ranks, parallel,
                           sum_over_ranks, use_deterministic)
 from tool.outputs import describe_folder
@@ -98,6 +98,7 @@ def get_args_parser():
 
 def check_args(args):
     check_training_args(args)
+    check_range(args, 1, 10 ** 6, 'max_epoches')
     if args.crop_size % STRIDE or args.crop_size < 5 * STRIDE:      # on 4 x 4 cells no two form a pair
         raise BadInput(f'--crop_size {args.crop_size}: a multiple of {STRIDE} from {5 * STRIDE} on is needed')
     check_dir(args.la_crf_dir, '--la_crf_dir')

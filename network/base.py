@@ -12,14 +12,15 @@ NORMS = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 @contextlib.contextmanager
 def hold_statistics(layer):
     """While a layer is computed again: its batch norms do not count the batch a second time."""
-    norms = [module for module in layer.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+    norms = [module for module in layer.modules() if isinstance(module, _NormBase) and module.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0., None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class Network(nn.Module):

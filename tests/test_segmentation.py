@@ -1,4 +1,5 @@
 """Retraining (DeepLabv1) against the published code's outputs."""
+import importlib.util
 import json
 import os
 import random
@@ -9,14 +10,18 @@ import torch
 
 from conftest import GOLDEN, close, filled, golden
 from fill_weights import checksum
-from infer_seg import multi_scale_probability
+from infer_seg import CRF_KERNELS, CRF_STEPS, multi_scale_probability, write_results
 from network.resnet38_deeplab import Net
-from tool import imutils
+from tool import imutils, metrics
+from tool.crf import crf_inference
+from tool.image_files import read_label_map
+from tool.score_files import load_scores
 from tool.torchutils import PolyOptimizer, poly_lr
 from train_seg import segmentation_loss
 from voc12.data import VOC12SegDataset
 
 ROOT = os.path.join(GOLDEN, 'retrain_voc')
+HAS_PYDENSECRF = importlib.util.find_spec('pydensecrf') is not None
 
 
 @pytest.fixture(scope='module')
@@ -249,7 +254,8 @@ def test_rescaled_images_of_the_test_protocol():
 
 
 @pytest.mark.parametrize('name', ['2007_000001', '2007_000002'])
-def test_probabilities_and_labels(test_net, name):
+@pytest.mark.skipif(not HAS_PYDENSECRF, reason='pydensecrf is not installed')
+def test_probabilities_and_labels(test_net, tmp_path, name):
     g = golden('g15_retrain_test')
     passes = []
     hook = test_net.register_forward_hook(lambda _, args, out: passes.append((list(args[0].shape), out.numpy())))
@@ -260,3 +266,29 @@ def test_probabilities_and_labels(test_net, name):
         close(out[0, :, ::16, ::16], g[f'{name}:out{k}_sub16'], 1e-4)
     close(prob[:, ::4, ::4], g[name + ':prob_sub4'], 1e-4)
     assert (prob.argmax(axis=0) != g[name + ':prob_argmax']).sum() <= 3
+
+    img = imutils.normalize(np.asarray(read(name), np.float32))
+    assert (imutils.denormalize(imutils.HWC_to_CHW(img)) == g[name + ':crf_image']).all()
+    label_path, prob_path = str(tmp_path / 'a.png'), str(tmp_path / 'a.npy')
+    write_results(prob, img, label_path, prob_path, True, 'pydensecrf', 'cpu')
+    posterior = np.stack(list(load_scores(prob_path, '', 'crf').values()))
+    assert np.abs(posterior[:, ::4, ::4] - g[name + ':crf_sub4']).max() <= 2e-3
+    assert (read_label_map(label_path, '') != g[name + ':label']).sum() <= g[name + ':crf_margin_below_1e-3']
+
+
+@pytest.mark.skipif(not HAS_PYDENSECRF, reason='pydensecrf is not installed')
+def test_crf_of_recorded_probabilities():
+    g = golden('g15_retrain_test')
+    posterior = crf_inference(g['raw_img'], g['raw_probs'], CRF_STEPS, kernels=CRF_KERNELS)
+    assert np.abs(posterior[:, ::2, ::2] - g['raw_out_sub2']).max() <= 1e-5
+    assert (posterior.argmax(axis=0) == g['raw_argmax']).all()
+    in_torch = crf_inference(g['raw_img'], g['raw_probs'], CRF_STEPS, kernels=CRF_KERNELS, backend='torch')
+    assert np.abs(in_torch - posterior).max() <= 1e-3
+
+
+def test_evaluation_of_the_recorded_labels():
+    g = golden('g15_retrain_test')
+    matrix = sum(metrics.confusion(imutils.read_label_map(os.path.join(ROOT, 'SegmentationClass', name + '.png'), ''),
+                                   g[name + ':label'], 20) for name in ('2007_000001', '2007_000002'))
+    iou = metrics.class_measures(matrix)[0]
+    np.testing.assert_allclose([*iou, metrics.mean_measures(matrix)['mIoU']], g['miou_log_percent'], atol=1e-9)

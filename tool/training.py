@@ -21,7 +21,7 @@ from tool.unpickle import load_tensors
 
 def check_training_args(args):
     """Raises BadInput for flags of both training scripts that cannot be."""
-    check_range(args, 1, 10 ** 6, 'batch_size', 'max_epoches', 'accum', 'save_every', 'log_every')
+    check_range(args, 1, 10 ** 6, 'batch_size', 'accum', 'save_every', 'log_every')
     check_range(args, 0, 256, 'num_workers')
     check_range(args, 0, 100, 'lr', 'wt_dec')
     check_range(args, 0, 2 ** 63, 'seed')
