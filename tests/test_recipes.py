@@ -139,7 +139,7 @@ def test_other_features_of_pcm(copy):
 
 def test_other_normalisation_of_the_cam(copy):
     cam = np.random.default_rng(0).random((2, 5, 5), np.float32) + 1
-    before, after = changes(copy, 'CAMs divided by their maximum, their minimum left in',
+    before, after = changes(copy, 'CAMs divided by their maximum alone',
                             lambda: importlib.import_module('infer_SEAM').normalize_cam(cam.copy()))
     assert before.min() < 0 and np.sort(after, axis=None)[2] > .3 and after.max() > .999
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on a small synthetic data set, on any machine: the numbered steps of the README.
+# The numbered steps of the README on drawings, on any machine. Writes the folder demo/ anew.
 #   bash tool/demo.sh [--seed N]     slim networks, trained here and now; ends with a table and demo/result.png
 #   bash tool/demo.sh --full         the same steps with the full-width networks and a handful of iterations
 #   --class_names FILE               with class names of your own in place of VOC's, one a line
