@@ -80,7 +80,7 @@ def apply_recipe(copy, title):
 
 
 def train(copy, *flags):
-    """Two steps of SEAM with the code of the copy. Returns the weights."""
+    """One step of SEAM with the code of the copy. Returns the weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, 'argv', ['train_SEAM.py', *TRAIN, '--session_name', str(copy / 'trained'), *flags])
         runpy.run_path(str(copy / 'train_SEAM.py'), run_name='__main__')
@@ -166,7 +166,7 @@ def test_training_runs_with_all_recipes_at_once(copy):
 
 
 def test_another_backbone_loads_its_weights_and_trains(copy):
-    code = next(block for block in blocks(README, 'python') if block.startswith('# network/'))
+    code, = blocks(open(os.path.join(ROOT, 'network', 'README.md')).read(), 'python')
     (copy / code.split('\n')[0][2:]).write_text(code)
     before = torchvision.models.resnet50().state_dict()
     torch.save({name: tensor for name, tensor in before.items() if not name.startswith('fc.')}, copy / 'resnet50.pth')
@@ -188,16 +188,15 @@ def flags_of(script):
     for parser in parsers:
         for action in parser._actions:
             flags.update(action.option_strings)
-            parsers += getattr(action, 'choices', None).values() if isinstance(action.choices, dict) else []
+            if isinstance(action.choices, dict):        # subcommands
+                parsers += action.choices.values()
     return flags
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: os.path.relpath(page, ROOT))
 def test_commands_have_flags_that_exist(page):
     text = open(page, encoding='utf-8').read().replace('\\\n', ' ')
-    commands = re.findall(r'python ((?:\w+/)*\w+\.py)([^`\n#]*)', text)
-    assert commands
-    for script, rest in commands:
+    for script, rest in re.findall(r'python ((?:\w+/)*\w+\.py)([^`\n#]*)', text):
         assert os.path.isfile(os.path.join(ROOT, script)), script
         if not script.startswith('tests/'):
             rest = re.sub('"[^"]*"', '', rest)
