@@ -1,10 +1,12 @@
 """The evaluation against the reference's numbers."""
-import argparse
 import csv
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluation
@@ -79,10 +81,9 @@ def test_workers_give_the_same_sums_as_one_process(g, tmp_path):
                 os.makedirs(tmp_path / folder, exist_ok=True)
                 os.symlink(os.path.join(GOLDEN, 'g09_png', f'{name}_{kind}.png'),
                            tmp_path / folder / f'{names[-1]}.png')
-    args = argparse.Namespace(gt_dir=str(tmp_path / 'gt'), predict_dir=str(tmp_path / 'pred'), type='png',
-                              class_names=None)
-    one, two = (evaluation.evaluate(names, argparse.Namespace(**vars(args), num_workers=n), np.zeros(1))
-                for n in (0, 8))
+    flags = ['--comment', 'x', '--gt_dir', str(tmp_path / 'gt'), '--predict_dir', str(tmp_path / 'pred')]
+    one, two = (evaluation.evaluate(names, evaluation.get_args_parser().parse_args([*flags, '--num_workers', workers]),
+                                    np.zeros(1)) for workers in '08')
     assert (one == two).all() and one.sum() == 12 * sum((g[f'gt:{name}'] != 255).sum() for name in g['names'])
 
 
@@ -201,13 +202,15 @@ def test_mean_over_chosen_classes(data):
     out = done(score_script(data, '--mean_classes', 'background', 'bird'))
     assert 'mIoU: 50.000%  over background, bird' in out
     assert read_result(data / 'pred_result.csv')['mIoU_chosen'] == '50.0'
+    assert out.count('warning: no file of gt (--gt_dir) on the list has bird (--mean_classes)') == 1
+    assert '(--mean_classes)' not in done(score_script(data, '--mean_classes', 'background', 'aeroplane'))
     refused(score_script(data, '--mean_classes', 'bird', 'unicorn'), '--mean_classes unicorn')
 
 
 def test_a_formula_in_the_comment_does_not_end_the_curve(data):
     pytest.importorskip('matplotlib')
-    assert visualization.draw_curve(str(data / 'c.png'), np.array([0., 1]), np.array([1., 2]), r'a $\frac$ b') is None
-    assert (data / 'c.png').is_file()
+    line = visualization.draw_curve(str(data / 'c.png'), np.array([0., 1]), np.array([1., 2]), r'a $\frac$ b')
+    assert line.startswith('wrote') and (data / 'c.png').is_file()
     assert 'warning: no picture' in visualization.draw_curve(str(data / 'no/c.png'), np.zeros(1), np.zeros(1), '')
 
 
@@ -218,9 +221,25 @@ def test_a_strip_too_wide_for_jpeg_is_made_smaller(tmp_path):
     assert 60000 < Image.open(tmp_path / 'x.jpg').width <= 65500
 
 
-def test_a_picture_that_cannot_be_written_is_a_warning(tmp_path, capsys):
-    visualization.save_picture(str(tmp_path / 'missing/x.jpg'), [np.zeros((4, 4, 3), np.uint8)], ['x'])
-    assert capsys.readouterr().out.startswith('warning: no picture ')
+class Writer:
+    """In place of TensorBoard's, whose log lies in a folder that cannot be written, or on a disk that becomes full."""
+
+    def __init__(self, folder=None):
+        if folder:
+            raise PermissionError(13, 'Permission denied')
+
+    def add_scalar(self, *_):
+        raise OSError(28, 'No space left on device')
+
+
+def test_a_tensorboard_log_that_cannot_be_written_is_one_notice(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
+    log = []
+    assert visualization.open_writer('tb', log.append) is None
+    assert log == ['warning: no TensorBoard log in tb (--tblog_dir): Permission denied']
+    visualization.write_cams(Writer(), 0, {'loss': 1.}, torch.zeros(3, 2, 2), torch.ones(1), *torch.zeros(2, 2, 2, 2))
+    out = capsys.readouterr().out
+    assert out.startswith('warning: ') and 'No space left' in out and out.count('\n') == 1
 
 
 def test_sheet_leaves_blank_what_is_missing(data):

@@ -1,22 +1,44 @@
-"""The results that evaluation.py has logged as a table, and the trivial answers that they are compared with.
+"""Results as CSV files and as a table, and the trivial answers that they are compared with.
 
     python tool/report.py trivial --cam_dir CAMS --out_dir DIR          label maps that know nothing but the labels
     python tool/report.py table --logfile evallog.txt                   what evaluation.py has logged, as a table
 """
 import argparse
+import csv
+import io
 import os
 import re
 import sys
 
 import numpy as np
 
-# `python tool/report.py` puts tool/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool import image_files, score_files
 from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
+from tool.files import atomic_write
 from tool.lists import read_lines
 
+
+def write_text(path, text):
+    with atomic_write(path) as file:
+        file.write(text.encode('utf-8'))
+
+
+def write_csv(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([header, *rows])
+    write_text(path, text.getvalue())
+
+
+def read_csv(path):
+    """List of dicts, one a row, of a CSV file with a header."""
+    with open(path, encoding='utf-8', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+# ----- the commands -----
 
 def write_trivial(args):
     """For each CAM dict, two label maps: all background, and the image's first class everywhere."""
@@ -36,26 +58,19 @@ def write_trivial(args):
             image_files.save_label_map(os.path.join(args.out_dir, kind, name + '.png'), np.full(cam.shape, label))
 
 
-def read_log(path):
-    """Entries of evaluation.py's log file, in order: (comment, dict name -> text of its single numbers)."""
-    for entry in '\n'.join(read_lines(path, '--logfile')).split('=' * 37):
-        head, _, numbers = entry.strip().rpartition('\n')
-        if head:
-            yield (' '.join(head.partition('\t')[2].split()),
-                   dict(re.findall(r'(\w+):([-+.e\d]+)(?=  |$)', numbers)))
-
-
 def print_table(args):
-    """A markdown table: one row per log entry; of a curve, its best background score."""
+    """A markdown table: one row per entry of evaluation.py's log file; of a curve, its best background score."""
     rows, skipped = [], 0
-    for comment, numbers in read_log(args.logfile):
-        best = 'best_' if 'best_mIoU' in numbers else ''
+    for entry in '\n'.join(read_lines(args.logfile, '--logfile')).split('=' * 37):
+        head, _, numbers = entry.strip().rpartition('\n')               # time and comment; NAME:NUMBER  NAME:NUMBER
+        comment = ' '.join(head.partition('\t')[2].split())
+        values = dict(re.findall(r'(\w+):([-+.e\d]+)(?=  |$)', numbers))
+        best = 'best_' if 'best_mIoU' in values else ''
         try:
-            miou, present = float(numbers[best + 'mIoU']), float(numbers[best + 'mIoU_present'])
+            miou, present = float(values[best + 'mIoU']), float(values[best + 'mIoU_present'])
+            rows.append(f'| {comment} | {values.get("best_background_score", "")} | {miou:.1f} | {present:.1f} |')
         except (KeyError, ValueError):      # of the original evaluation.py, or damaged
-            skipped += 1
-            continue
-        rows.append(f'| {comment} | {numbers.get("best_background_score", "")} | {miou:.1f} | {present:.1f} |')
+            skipped += bool(head)
     if skipped:
         print(f'warning: {skipped} entries of {args.logfile} (--logfile) are not of this evaluation.py: left out')
     if not rows:

@@ -6,6 +6,7 @@
 draws the results of finished folders side by side: a row for each of the first images of the list.
 """
 import argparse
+import collections
 import os
 import sys
 
@@ -14,12 +15,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-# `python tool/visualization.py` puts tool/ on the path, not the repository root
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool import image_files, imutils, score_files
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
-from tool.files import atomic_write
+from tool.files import atomic_write, describe
 from tool.lists import get_img_path, load_img_name_list
 
 MAX_SIDE = 65500        # pixels of a JPEG file
@@ -67,24 +68,17 @@ def contact_sheet(rows, titles, cell=160):
 
 
 def save_picture(path, pictures, titles):
-    """Writes one row of pictures, uint8 (H, W, 3) RGB of one size, as a JPEG. A picture never ends a long run: where it
-    cannot be made or written, a line says so."""
-    try:
-        sheet = contact_sheet([pictures], titles, cell=min(max(pictures[0].shape[:2]) + 6, MAX_CELL))
-        with atomic_write(path) as file:
-            Image.fromarray(sheet).save(file, format='JPEG', quality=90)
-    except (BadInput, OSError, ValueError, MemoryError, cv2.error) as error:
-        tqdm.write(f'warning: no picture {path}: {" ".join(str(error).split())}')
+    """Writes one row of pictures, uint8 (H, W, 3) RGB of one size, as a JPEG."""
+    sheet = contact_sheet([pictures], titles, cell=min(max(pictures[0].shape[:2]) + 6, MAX_CELL))
+    with atomic_write(path) as file:
+        Image.fromarray(sheet).save(file, format='JPEG', quality=90)
 
 
 def draw_curve(path, background_scores, miou, title):
-    """PNG of mIoU (percent) over the background score, its best point marked. Returns None, or a line that says why
-    there is no picture: it comes after hours of work, and must not end them."""
+    """PNG of mIoU (percent) over the background score, its best point marked. Returns a line: that there is one, or why
+    there is none. It comes after hours of work, and must not end them."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        return 'no picture of the curve: pip install matplotlib to get one'
-    try:
         figure = Figure(figsize=(6, 4), layout='constrained')
         axes = figure.subplots()
         best = miou.argmax()
@@ -97,18 +91,25 @@ def draw_curve(path, background_scores, miou, title):
         axes.grid(alpha=.3)
         with atomic_write(path) as file:
             figure.savefig(file, format='png', dpi=120)
+        return f'wrote {path}'
+    except ImportError:
+        return 'no picture of the curve: pip install matplotlib to get one'
     except Exception as error:          # of a font, a damaged installation, the disk
-        return f'warning: no picture {path}: {" ".join(str(error).split())}'
+        return f'warning: no picture {path}: {describe(error)}'
 
+
+# ----- TensorBoard -----
 
 def open_writer(tblog_dir, log):
-    """A TensorBoard writer, or None with a notice where TensorBoard is not installed."""
+    """A TensorBoard writer, or None and a notice: a log that cannot be written must not end a training."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(tblog_dir)
     except ImportError:
         log('no TensorBoard log: pip install tensorboard to get one in --tblog_dir')
-        return None
-    return SummaryWriter(tblog_dir)
+    except Exception as error:          # of the folder, of a damaged installation
+        log(f'warning: no TensorBoard log in {tblog_dir} (--tblog_dir): {describe(error)}')
+    return None
 
 
 def write_cams(writer, step, terms, img, label, cam, cam_rv):
@@ -116,24 +117,29 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
 
     img: normalised (3, H, W); label: (C,) multi-hot; cam, cam_rv: raw (1+C, H, W); all tensors.
     """
-    for name, value in terms.items():
-        writer.add_scalar(name, value, step)
     orig_img = imutils.denormalize(img.cpu().numpy())
-    writer.add_image('image', orig_img, step, dataformats='HWC')
     present = label.cpu().numpy() > 0
-    for name, scores in (('cam', cam), ('cam_rv', cam_rv)):
-        maps = normalize_for_picture(scores.detach().float().cpu().numpy()[1:][present])
-        overlays = [cam_on_image(orig_img, class_map) for class_map in maps]
-        writer.add_image(name, np.concatenate(overlays, axis=1), step, dataformats='HWC')
+    try:
+        for name, value in terms.items():
+            writer.add_scalar(name, value, step)
+        writer.add_image('image', orig_img, step, dataformats='HWC')
+        for name, scores in (('cam', cam), ('cam_rv', cam_rv)):
+            maps = normalize_for_picture(scores.detach().float().cpu().numpy()[1:][present])
+            overlays = [cam_on_image(orig_img, class_map) for class_map in maps]
+            writer.add_image(name, np.concatenate(overlays, axis=1), step, dataformats='HWC')
+    except OSError as error:            # the disk is full
+        tqdm.write(f'warning: not in the TensorBoard log (--tblog_dir): {describe(error)}')
 
 
 # ----- the command -----
 
-def draw_cell(kind, path, flag, img):
-    """uint8 (H, W, 3) picture of one file of labels or scores over its image. Raises BadInput."""
-    if kind == 'labels':
+def draw_cell(img, name, kind, folder, flag):
+    """uint8 (H, W, 3) picture of an image's labels or scores in a folder, over the image. Raises BadInput."""
+    if kind == 'label':
+        path = os.path.join(folder, name + '.png')
         picture = image_files.read_label_map(path, flag)
     else:
+        path = os.path.join(folder, name + '.npy')
         scores = score_files.load_scores(path, flag, kind)
         if not scores:
             raise BadInput(f'{path} ({flag}) has no class')
@@ -147,21 +153,21 @@ def draw_cell(kind, path, flag, img):
 def draw_rows(names, columns, voc12_root):
     """Rows of pictures, the image first, and dict title -> lines on what is missing or cannot be drawn.
 
-    columns: (title, kind, folder, file extension, flag) of what is drawn of every image.
+    columns: (title, kind, folder, flag) of what is drawn of every image.
     """
-    rows, missing = [], {}
+    rows, missing = [], collections.defaultdict(list)
     for name in names:
         try:
             img = np.asarray(image_files.read_image(get_img_path(name, voc12_root)))
         except BadInput as error:
-            missing.setdefault('image', []).append(str(error))
+            missing['image'].append(str(error))
             continue
         rows.append([img])
-        for title, kind, folder, extension, flag in columns:
+        for title, *column in columns:
             try:
-                rows[-1].append(draw_cell(kind, os.path.join(folder, name + extension), flag, img))
+                rows[-1].append(draw_cell(img, name, *column))
             except BadInput as error:
-                missing.setdefault(title, []).append(str(error))
+                missing[title].append(str(error))
                 rows[-1].append(None)
     return rows, missing
 
@@ -180,23 +186,22 @@ def get_args_parser():
 
 def main(args):
     check_range(args, 1, 1000, 'count')
-    columns = [(os.path.basename(os.path.abspath(folder)), kind, folder, extension, flag)
-               for folders, kind, extension, flag in ((args.cam_dir, 'cam', '.npy', '--cam_dir'),
-                                                      (args.crf_dir, 'crf', '.npy', '--crf_dir'),
-                                                      (args.label_dir, 'labels', '.png', '--label_dir'))
-               for folder in folders]
-    for _, _, folder, _, flag in columns:
-        check_dir(folder, flag)
+    columns = []                # (title, kind, folder, flag)
     truth = os.path.join(args.voc12_root, 'SegmentationClass')
     if os.path.isdir(truth):
-        columns.insert(0, ('ground truth', 'labels', truth, '.png', '--voc12_root'))
+        columns.append(('ground truth', 'label', truth, '--voc12_root'))
+    for kind in ('cam', 'crf', 'label'):
+        flag = f'--{kind}_dir'
+        for folder in getattr(args, f'{kind}_dir'):
+            check_dir(folder, flag)
+            columns.append((os.path.basename(os.path.abspath(folder)), kind, folder, flag))
     names = load_img_name_list(args.list, '--list')[:args.count]
     rows, missing = draw_rows(names, columns, args.voc12_root)
     for title, lines in missing.items():
         print(f'warning: {len(lines)} of {len(names)} cells of {title} are left out: {lines[0]}')
     if not rows:
         raise BadInput(f'nothing to draw: no image of {args.list} (--list) is in {args.voc12_root} (--voc12_root)')
-    sheet = contact_sheet(rows, ['image'] + [column[0] for column in columns])
+    sheet = contact_sheet(rows, ['image', *(title for title, *_ in columns)])
     with atomic_write(args.out) as file:
         Image.fromarray(sheet).save(file, format='PNG', optimize=True)
 
