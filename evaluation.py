@@ -95,21 +95,18 @@ def add_to_log(path, text):
 
 
 def write_results(args, result, log, end, header, rows, lines):
-    """Writes `result` (dict) and a larger table as CSV, the log file's entry from the dict `log`, and prints the lines.
-    Raises BadInput last of all, where a file could not be written: none of the rest is lost."""
-    entry = (f'{time.strftime("%Y-%m-%d %H:%M:%S")}\t{" ".join(args.comment.split())}\n'
-             + '  '.join(f'{key}:{value}' for key, value in log.items()) + '\n' + '=' * 37 + '\n')
-    faults = []
-    for write, *content in ((write_csv, args.out_prefix + '_result.csv', result, [result.values()]),
-                            (write_csv, args.out_prefix + end, header, rows),
-                            (add_to_log, args.logfile, entry)):
+    """Writes `result` (dict) and a larger table as CSV, the log file's entry from the dict `log`, and prints the lines:
+    what can be written and printed is, before the BadInput for what cannot."""
+    entry = [f'{time.strftime("%Y-%m-%d %H:%M:%S")}\t{" ".join(args.comment.split())}',
+             '  '.join(f'{key}:{value}' for key, value in log.items()), '=' * 37]
+    try:
+        write_csv(args.out_prefix + '_result.csv', result, [result.values()])
+        write_csv(args.out_prefix + end, header, rows)
+    finally:
         try:
-            write(*content)
-        except BadInput as error:
-            faults.append(str(error))
-    print('\n'.join(lines))
-    if faults:
-        raise BadInput('; '.join(faults))
+            add_to_log(args.logfile, '\n'.join(entry) + '\n')
+        finally:
+            print('\n'.join(lines))
 
 
 def suggest_alphas(score, num_images):
@@ -133,22 +130,23 @@ def report_curve(thresholds, matrices, categories, chosen, result, args):
     shown = len(thresholds) if ranked[:count].argmax() >= count - 10 else count
     best = ranked[:shown].argmax()
     score, good = thresholds[best], thresholds[ranked >= 0.95 * ranked[best]]
-    highest = {key: round(value[best].item(), 4) for key, value in means.items()}
     curve = {key: value[:shown] for key, value in means.items()}
-    log = {'best_background_score': score, **{'best_' + key: value for key, value in highest.items()},
-           **{key: value.tolist() for key, value in curve.items()}, 't': thresholds[:shown].tolist()}
-    table = np.column_stack([thresholds[:shown], *curve.values(), class_measures(matrices)[0][:shown]])
+    at_best = {'background_score': score, 'plateau': round(good.max() - good.min(), 4),
+               **{key: round(value[best].item(), 4) for key, value in curve.items()}}
+    result |= at_best
+    log = {'best_' + key: value for key, value in at_best.items()}
+    log |= {key: value.tolist() for key, value in curve.items()} | {'t': thresholds[:shown].tolist()}
+    table = np.column_stack([thresholds[:shown], *curve.values(), class_measures(matrices)[0][:shown]]).round(4)
 
     lines = [f'{i}/{count if i < count else shown} background score: {thresholds[i]:.3f}\tmIoU: {miou:.3f}%'
              for i, miou in enumerate(curve['mIoU'])]
-    over_chosen = '' if chosen is None else f', {highest["mIoU_chosen"]:.3f}% over {", ".join(args.mean_classes)}'
-    lines.append(f'best: background score {score:.3f}\tmIoU: {highest["mIoU"]:.3f}%, {highest["mIoU_present"]:.3f}% '
-                 f'over the classes present{over_chosen}')
+    text = f'mIoU: {result["mIoU"]:.3f}%, {result["mIoU_present"]:.3f}% over the classes present'
+    if chosen is not None:
+        text += f', {result["mIoU_chosen"]:.3f}% over {", ".join(args.mean_classes)}'
+    lines.append(f'best: background score {score:.3f}\t{text}')
     if 0 < score < 1:
         lines.append(suggest_alphas(score, result['images']))
-    result |= {'background_score': score, 'plateau': round(good.max() - good.min(), 4), **highest}
-    write_results(args, result, log, '_curve.csv', ['background_score', *curve, *categories], table.round(4).tolist(),
-                  lines)
+    write_results(args, result, log, '_curve.csv', ['background_score', *curve, *categories], table.tolist(), lines)
     print(visualization.draw_curve(args.out_prefix + '_curve.png', thresholds[:shown], ranked[:shown], args.comment))
 
 

@@ -48,15 +48,16 @@ def load_img_name_list(path, flag='--train_list or --infer_list'):
         raise BadInput(f'no such list: {path} ({flag}); make it with: '
                        f'python voc12/make_lists.py --voc12_root VOC2012{source}')
     names = []
-    for line in (line.strip() for line in read_lines(path, flag) if line.strip()):
+    for line in filter(None, map(str.strip, read_lines(path, flag))):
         column = (re.match(r'(.+?)\.(?:jpe?g|png)(?!\S)', line, re.IGNORECASE)
                   or re.fullmatch(r'(\d{4}_\d{6})\s+-?[01]', line))
         field = column[1] if column else line
-        names.append(os.path.basename(field))
-        if (names[-1] in ('', '.') or '..' in field.split('/') or '\\' in names[-1]
-                or (not column and len(line.split()) > 1)):
+        name = os.path.basename(field)
+        unclear = not column and len(line.split()) > 1
+        if unclear or name in ('', '.') or '..' in field.split('/') or '\\' in name:
             raise BadInput(f'{path} ({flag}) has {line[:100]!r}, which is no name of an image in the data root; a name '
                            'with blanks needs its extension')
+        names.append(name)
     if not names:
         raise BadInput(f'the list is empty: {path} ({flag})')
     return names

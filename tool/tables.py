@@ -32,14 +32,16 @@ from tool.report import read_csv, write_csv, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# train, infer: flags of train_SEAM.py and infer_SEAM.py. score: what is scored: CAMs, their CRF at an alpha, or the walk
+# train, infer: flags of train_SEAM.py and infer_SEAM.py. score: what is scored: the CAMs, their CRF at an alpha, the walk
 Row = collections.namedtuple('Row', 'table name train infer score', defaults=('', '', 'cam'))
 BASELINE = '--classifier_only', '--map cam'
+HEADER = ('**Table: {}**\n\n| row | seeds | best background score | plateau | mIoU | mFP | mFN | published mIoU |\n'
+          '|---|---|---|---|---|---|---|---|\n')
 COLUMNS = ['table', 'row', 'seed', 'list', 'images', 'background_score', 'plateau', 'mIoU', 'mFP', 'mFN', 'accuracy']
 
 # (train, infer, score) -> mIoU of the paper's ResNet38 on VOC 2012 train. It does not say which alpha its CRF had: the
-# number stands at 4, the default that goes with its best background score, and says so. At whichever alpha turns out best
-# it would flatter this code
+# number stands at 4, the default that goes with its best background score, with that remark. To put it at whichever
+# alpha turns out best would flatter this code
 PUBLISHED = {(*BASELINE, 'cam'): '47.43', ('', '', 'cam'): '55.41', ('', '', 'crf_4.0'): '56.83 (alpha not stated)',
              ('', '', 'walk'): '63.61'}
 PAPER_FLAGS = 'network', 'network_aff', 'scales', 'alphas', 'mean_classes'      # these numbers need their defaults
@@ -103,8 +105,10 @@ def pass_on(args, *names):
     words = []
     for name in names:
         value = getattr(args, name)
-        if value is not None:
-            words += ['--' + name, *(value if isinstance(value, list) else [value])]
+        if isinstance(value, list):
+            words += ['--' + name, *value]
+        elif value is not None:
+            words += ['--' + name, value]
     return words
 
 
@@ -116,14 +120,15 @@ def result_path(args, *words):
 
 def train(args, script, session, *flags):
     """A training that may have been stopped before, or be finished: its script decides. Returns its weights."""
-    resume = ['--resume'] * (args.resume and os.path.isfile(session + '_last.pth'))
+    resume = ['--resume'] if args.resume and os.path.isfile(session + '_last.pth') else []
     run(script, *pass_on(args, *SHARED_FLAGS, 'train_list', 'seed'), *flags, '--session_name', session, *resume)
     return session + '.pth'
 
 
 def infer(args, script, names, *flags):
     """Inference for a list of images."""
-    run(script, *pass_on(args, *SHARED_FLAGS), '--infer_list', names, *args.infer, *flags, *['--resume'] * args.resume)
+    resume = ['--resume'] if args.resume else []
+    run(script, *pass_on(args, *SHARED_FLAGS), '--infer_list', names, *args.infer, *flags, *resume)
 
 
 def make_toy(args):
@@ -197,41 +202,34 @@ def mean_and_deviation(values):
     return f'{text} ± {statistics.stdev(values):.1f}' if len(values) > 1 else text
 
 
-def make_markdown(rows, records, published):
-    """The tables as text, from the records of all their rows and seeds. published: whether the paper's numbers may
-    stand beside those whose list is VOC 2012 train."""
-    lines, table = [], None
-    for row in rows:
-        mine = [record for record in records if (record['table'], record['row']) == (row.table, row.name)]
-        if not mine:
-            continue
-        if row.table != table:
-            table = row.table
-            lines += ['', f'**Table: {table}**', '',
-                      '| row | seeds | best background score | plateau | mIoU | mFP | mFN | published mIoU |',
-                      '|---|---|---|---|---|---|---|---|']
-        cells = [row.name, ', '.join(record['seed'] for record in mine)]
-        for key in ('background_score', 'plateau'):
-            cells.append(', '.join(f'{float(record[key]):.2f}' for record in mine if record[key]))
-        for key in ('mIoU', 'mFP', 'mFN'):
-            cells.append(mean_and_deviation([float(record[key]) for record in mine]))
-        belongs = published and all(record['list'] == 'train' for record in mine)
-        cells.append(PUBLISHED.get((row.train, row.infer, row.score), '') if belongs else '')
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines[1:]) + '\n'
+def markdown_row(row, records, published):
+    """A row of tables.md from its lines in tables.csv, one a seed. published: whether the paper's number may stand
+    beside it, if the list is VOC 2012 train."""
+    cells = [row.name, ', '.join(record['seed'] for record in records)]
+    for key in ('background_score', 'plateau'):
+        cells.append(', '.join(f'{float(record[key]):.2f}' for record in records if record[key]))
+    for key in ('mIoU', 'mFP', 'mFN'):
+        cells.append(mean_and_deviation([float(record[key]) for record in records]))
+    belongs = published and all(record['list'] == 'train' for record in records)
+    cells.append(PUBLISHED.get((row.train, row.infer, row.score), '') if belongs else '')
+    return f'| {" | ".join(cells)} |\n'
 
 
 def write_tables(records, args):
     """Writes tables.csv and tables.md, which it returns. records: dict (table, row, seed) -> line of tables.csv."""
-    rows = list_rows(args.scales, args.alphas)
-    seeds = sorted({seed for _, _, seed in records}, key=int)
-    keys = [(row.table, row.name, seed) for row in rows for seed in seeds]
-    ordered = [records[key] for key in keys if key in records]
-    write_csv(os.path.join(args.out, 'tables.csv'), COLUMNS,
-              [[record[column] for column in COLUMNS] for record in ordered])
     parser = get_args_parser()
     published = all(getattr(args, name) == parser.get_default(name) for name in PAPER_FLAGS)
-    markdown = make_markdown(rows, ordered, published)
+    seeds = sorted({seed for _, _, seed in records}, key=int)
+    lines, tables = [], {}
+    for row in list_rows(args.scales, args.alphas):
+        keys = [(row.table, row.name, seed) for seed in seeds]
+        mine = [records[key] for key in keys if key in records]
+        lines += [[record[column] for column in COLUMNS] for record in mine]
+        if mine:
+            tables.setdefault(row.table, HEADER.format(row.table))
+            tables[row.table] += markdown_row(row, mine, published)
+    write_csv(os.path.join(args.out, 'tables.csv'), COLUMNS, lines)
+    markdown = '\n'.join(tables.values())
     write_text(os.path.join(args.out, 'tables.md'), markdown)
     return markdown
 
@@ -247,8 +245,7 @@ def get_args_parser():
     parser.add_argument('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
     parser.add_argument('--toy', action='store_true', help="the demo's drawings, networks and settings as defaults")
     parser.add_argument('--count', default=240, type=int, help='drawings, with --toy')
-    parser.add_argument('--resume', action='store_true',
-                        help='finished work stays; without it everything is made anew')
+    parser.add_argument('--resume', action='store_true', help='finished work stays; without it all is made anew')
     parser.add_argument('--out', default='tables', help='folder of all results')
     # data
     parser.add_argument('--voc12_root', default='VOC2012', help='data root')
@@ -267,10 +264,12 @@ def get_args_parser():
                         help='CRF exponents; the lowest and the highest go to AffinityNet')
     parser.add_argument('--num_workers', default=8, type=int, help='of every script')
     parser.add_argument('--device', help='of every script that has a network')
-    for flag, scripts in (('--train', 'train_SEAM.py'), ('--train_aff', 'train_aff.py'),
-                          ('--infer', 'infer_SEAM.py and infer_aff.py'), ('--walk', 'infer_aff.py')):
-        parser.add_argument(flag, default=[], type=shlex.split, metavar='FLAGS',
-                            help=f'more flags for {scripts}: {flag}="--amp bf16"')
+    # flags for the scripts
+    more = functools.partial(parser.add_argument, default=[], type=shlex.split, metavar='FLAGS')
+    more('--train', help='more flags for train_SEAM.py: --train="--amp bf16 --accum 2"')
+    more('--train_aff', help='for train_aff.py')
+    more('--infer', help='for infer_SEAM.py and infer_aff.py')
+    more('--walk', help='for infer_aff.py')
     return parser
 
 
@@ -314,7 +313,7 @@ def check_settings(args):
 def check_args(args):
     """Raises BadInput for what the scripts would refuse only after hours."""
     check_range(args, 0, 2 ** 31, 'seeds')
-    check_range(args, 2, 10 ** 6, 'count')
+    check_range(args, 24, 10 ** 6, 'count')        # the pretraining has batches of 16
     check_range(args, 0.01, 100, 'scales', 'alphas')
     folders = [f'{alpha:.1f}' for alpha in args.alphas]         # of infer_SEAM.py, named with one decimal
     for name, values in (('seeds', args.seeds), ('scales', args.scales), ('alphas', folders)):

@@ -6,7 +6,6 @@
 draws the results of finished folders side by side: a row for each of the first images of the list.
 """
 import argparse
-import collections
 import os
 import sys
 
@@ -134,12 +133,12 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
 # ----- the command -----
 
 def draw_cell(img, name, kind, folder, flag):
-    """uint8 (H, W, 3) picture of an image's labels or scores in a folder, over the image. Raises BadInput."""
+    """uint8 (H, W, 3) picture of an image's label map (kind 'label') or scores in a folder, over the image.
+    Raises BadInput."""
+    path = os.path.join(folder, name + ('.png' if kind == 'label' else '.npy'))
     if kind == 'label':
-        path = os.path.join(folder, name + '.png')
         picture = image_files.read_label_map(path, flag)
     else:
-        path = os.path.join(folder, name + '.npy')
         scores = score_files.load_scores(path, flag, kind)
         if not scores:
             raise BadInput(f'{path} ({flag}) has no class')
@@ -150,26 +149,13 @@ def draw_cell(img, name, kind, folder, flag):
     return cam_on_image(img, picture) if kind == 'cam' else labels_on_image(img, picture)
 
 
-def draw_rows(names, columns, voc12_root):
-    """Rows of pictures, the image first, and dict title -> lines on what is missing or cannot be drawn.
-
-    columns: (title, kind, folder, flag) of what is drawn of every image.
-    """
-    rows, missing = [], collections.defaultdict(list)
-    for name in names:
-        try:
-            img = np.asarray(image_files.read_image(get_img_path(name, voc12_root)))
-        except BadInput as error:
-            missing['image'].append(str(error))
-            continue
-        rows.append([img])
-        for title, *column in columns:
-            try:
-                rows[-1].append(draw_cell(img, name, *column))
-            except BadInput as error:
-                missing[title].append(str(error))
-                rows[-1].append(None)
-    return rows, missing
+def or_warning(draw, *args):
+    """What `draw` returns, or None and a warning for a file that is missing or cannot be drawn."""
+    try:
+        return draw(*args)
+    except BadInput as error:
+        print(f'warning: left out: {error}')
+    return None
 
 
 def get_args_parser():
@@ -195,10 +181,12 @@ def main(args):
         for folder in getattr(args, f'{kind}_dir'):
             check_dir(folder, flag)
             columns.append((os.path.basename(os.path.abspath(folder)), kind, folder, flag))
-    names = load_img_name_list(args.list, '--list')[:args.count]
-    rows, missing = draw_rows(names, columns, args.voc12_root)
-    for title, lines in missing.items():
-        print(f'warning: {len(lines)} of {len(names)} cells of {title} are left out: {lines[0]}')
+    rows = []
+    for name in load_img_name_list(args.list, '--list')[:args.count]:
+        img = or_warning(image_files.read_image, get_img_path(name, args.voc12_root))
+        if img is not None:
+            img = np.asarray(img)
+            rows.append([img, *(or_warning(draw_cell, img, name, *column) for _, *column in columns)])
     if not rows:
         raise BadInput(f'nothing to draw: no image of {args.list} (--list) is in {args.voc12_root} (--voc12_root)')
     sheet = contact_sheet(rows, ['image', *(title for title, *_ in columns)])
