@@ -32,7 +32,7 @@ from tool.report import read_csv, write_csv, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# train, infer: flags of train_SEAM.py and infer_SEAM.py. score: what is scored: the CAMs, their CRF at an alpha, the walk
+# train, infer: flags of train_SEAM.py and infer_SEAM.py. score: what is scored: CAMs, their CRF at an alpha, the walk
 Row = collections.namedtuple('Row', 'table name train infer score', defaults=('', '', 'cam'))
 BASELINE = '--classifier_only', '--map cam'
 HEADER = ('**Table: {}**\n\n| row | seeds | best background score | plateau | mIoU | mFP | mFN | published mIoU |\n'
