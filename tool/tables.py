@@ -32,14 +32,14 @@ from tool.report import read_csv, write_csv, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-# train, infer: flags of train_SEAM.py and infer_SEAM.py. score: what is scored: CAMs, their CRF at an alpha, the walk
-Row = collections.namedtuple('Row', 'table name train infer score', defaults=('', '', 'cam'))
+# train, infer: flags of train_SEAM.py and infer_SEAM.py. scored: the CAMs, their CRF at an alpha, or the walk
+Row = collections.namedtuple('Row', 'table name train infer scored', defaults=('', '', 'cam'))
 BASELINE = '--classifier_only', '--map cam'
 HEADER = ('**Table: {}**\n\n| row | seeds | best background score | plateau | mIoU | mFP | mFN | published mIoU |\n'
           '|---|---|---|---|---|---|---|---|\n')
 COLUMNS = ['table', 'row', 'seed', 'list', 'images', 'background_score', 'plateau', 'mIoU', 'mFP', 'mFN', 'accuracy']
 
-# (train, infer, score) -> mIoU of the paper's ResNet38 on VOC 2012 train. It does not say which alpha its CRF had: the
+# (train, infer, scored) -> mIoU of the paper's ResNet38 on VOC 2012 train. It does not say which alpha its CRF had: the
 # number stands at 4, the default that goes with its best background score, with that remark. To put it at whichever
 # alpha turns out best would flatter this code
 PUBLISHED = {(*BASELINE, 'cam'): '47.43', ('', '', 'cam'): '55.41', ('', '', 'crf_4.0'): '56.83 (alpha not stated)',
@@ -62,8 +62,8 @@ def list_rows(scales, alphas):
         Row('1', '+ ER', '--pcm off --ecr_weight 0 --rvmin_weight 0', '--map cam'),
         Row('1', '+ PCM and ECR', '--topk_ratio 1'),
         Row('1', '+ hard-example mining (SEAM)'),
-        *(Row('1', f'+ CRF, alpha {alpha:.1f}', score=f'crf_{alpha:.1f}') for alpha in alphas),
-        Row('1', 'random walk', score='walk'),
+        *(Row('1', f'+ CRF, alpha {alpha:.1f}', scored=f'crf_{alpha:.1f}') for alpha in alphas),
+        Row('1', 'random walk', scored='walk'),
         Row('refinement', 'CAM', *BASELINE),
         Row('refinement', 'gradcam', '--classifier_only', '--map gradcam'),
         Row('refinement', 'gradcam++', '--classifier_only', '--map gradcam++'),
@@ -179,16 +179,16 @@ def make_walk(args):
 
 def score(args, row):
     """Makes what a row needs and evaluates it. Returns the dict of its _result.csv."""
-    if row.score == 'walk':
+    if row.scored == 'walk':
         make_walk(args)
         kind = ['png']
-    elif row.score == 'cam':
+    elif row.scored == 'cam':
         make_cams(args, args.list, row.train, row.infer)
         kind = ['npy', '--curve', 'True']
     else:
         make_crfs(args, args.list)
         kind = ['crf']
-    folder = result_path(args, row.score, row.train, row.infer)
+    folder = result_path(args, row.scored, row.train, row.infer)
     run('evaluation.py', *pass_on(args, 'list', 'num_workers', 'class_names', 'mean_classes'), '--type', *kind,
         '--gt_dir', os.path.join(args.voc12_root, 'SegmentationClass'), '--predict_dir', folder, '--out_prefix', folder,
         '--logfile', os.path.join(args.out, 'evallog.txt'), '--comment', os.path.relpath(folder, args.out))
@@ -211,7 +211,7 @@ def markdown_row(row, records, published):
     for key in ('mIoU', 'mFP', 'mFN'):
         cells.append(mean_and_deviation([float(record[key]) for record in records]))
     belongs = published and all(record['list'] == 'train' for record in records)
-    cells.append(PUBLISHED.get((row.train, row.infer, row.score), '') if belongs else '')
+    cells.append(PUBLISHED.get((row.train, row.infer, row.scored), '') if belongs else '')
     return f'| {" | ".join(cells)} |\n'
 
 
