@@ -19,6 +19,7 @@ CAT_LIST = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat
 ANNOT_FOLDER = 'Annotations'
 GT_FOLDER = 'SegmentationClass'
 AUG_GT_FOLDER = 'SegmentationClassAug'
+LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 
 # what no foreground class is called: letters alone, in lower case
 NO_CLASS = re.compile('.*background.*|.*unlabel.*|bg|bkgd?|void|ignored?|ignoreregion|dontcare|none|null|noclass|'
@@ -66,6 +67,15 @@ def read_names(path, flag):
     if twice:
         print(f'{path}: {len(twice)} names more than once, kept once: {first_five(twice)}')
     return set(names)
+
+
+def read_sbd(sbd_root):
+    """(folder, names): where SBD has its lists and cls/, at `sbd_root` or in dataset/ in it; set of the names."""
+    check_dir(sbd_root, '--sbd_root')
+    inner = os.path.join(sbd_root, 'dataset')
+    folder = inner if os.path.isdir(inner) else sbd_root
+    lists = [read_names(os.path.join(folder, key + '.txt'), '--sbd_root') for key in ('train', 'val')]
+    return folder, set().union(*lists)
 
 
 def stems(folder, extension, flag):

@@ -37,16 +37,12 @@ FINE = 8                           # grid points per pixel side that polygons ar
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description='Makes a data root in the layout of VOC from COCO: links to the images, lists, image-level '
-                    'labels, masks, class names. Images without any annotation are left out.')
-    parser.add_argument('--coco_root', required=True, type=str,
-                        help='folder with annotations/instances_train2014.json and perhaps instances_val2014.json, '
-                             'and the images in train2014/ and val2014/ or in images/train2014/ and images/val2014/')
-    parser.add_argument('--out', default='COCO', type=str, metavar='ROOT',
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--coco_root', required=True, help='folder of the annotations and the images, see above')
+    parser.add_argument('--out', default='COCO', metavar='ROOT',
                         help='folder to write, the --voc12_root of the other scripts: new, empty, or made by this '
                              'script before (default: %(default)s)')
-    parser.add_argument('--names', default=os.path.join(HERE, 'coco_names.txt'), type=str, metavar='FILE',
+    parser.add_argument('--names', default=os.path.join(HERE, 'coco_names.txt'), metavar='FILE',
                         help='text file to write, the --class_names of the other scripts: one class a line, by '
                              'ascending category id (default: %(default)s)')
     parser.add_argument('--masks', action='store_true',

@@ -7,9 +7,9 @@ line has. A row is an image, by its path in --images with or without extension, 
 
     names     cat1.jpg,cat,dog      a class in a field, or several, separated by ; or |
     one-hot   image,cat,dog         a header with the class names, and below it alone 1 or 0, True or False, yes or no,
-              cat1.jpg,1,1          their first letters, x or nothing, in any capitals
+              cat1.jpg,1,1          their first letters, x or nothing (also - or NaN), in any capitals
 
-A first line whose image does not exist is a header. The classes of all rows of an image add up.
+A first line is a header unless it begins with an image. The classes of all rows of an image add up.
 
 JPEGImages/NAME.jpg is a link to the image, whatever its format, since all readers go by the content. NAME, by which
 lists and results go, is the image's file name without extension, with _ for blanks, dots and the like.
@@ -30,8 +30,8 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
-from voc12.data_root import EXTENSIONS, LIST_FOLDER, check_out, name_images, write_root
-from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, load_class_names, read_lines
+from voc12.data_root import EXTENSIONS, check_out, name_images, write_root
+from voc12.lists import GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, load_class_names, read_lines
 
 MARKER = 'CUSTOM.txt'              # tells a folder of ours from others
 ENDINGS = EXTENSIONS + tuple(map(str.upper, EXTENSIONS))
@@ -92,12 +92,6 @@ def find_image(images, field):
         if inner.split(os.sep)[0] != os.pardir:
             return os.path.normpath(os.path.join(inner, file))
     raise BadInput(f'"{field}" (--labels) is not in the folder {images} (--images)')
-
-
-def find_mask(masks, path):
-    """Path of the mask, in the folder `masks`, of the image with the relative `path`, or None."""
-    stems = [os.path.join(masks, os.path.splitext(inner)[0]) for inner in (path, os.path.basename(path))]
-    return first_file(*(stem + extension for stem in stems for extension in ('.png', '.PNG')))
 
 
 def read_rows(path):
@@ -216,6 +210,23 @@ def choose_classes(used, args):
     return classes
 
 
+def find_masks(args, names):
+    """dict NAME -> path of its mask in --masks, for the images that have one. names: dict NAME -> image path.
+    Raises BadInput where no image has one, and for a mask that is the image itself."""
+    masks = {}
+    for name, path in names.items():
+        stems = [os.path.join(args.masks, os.path.splitext(inner)[0]) for inner in (path, os.path.basename(path))]
+        mask = first_file(*(stem + extension for stem in stems for extension in ('.png', '.PNG')))
+        if mask and filecmp.cmp(mask, os.path.join(args.images, path), shallow=False):
+            raise BadInput(f'{mask} (--masks) is the image {path} itself, not its mask')
+        if mask:
+            masks[name] = mask
+    if not masks:
+        raise BadInput(f'no file of {args.masks} (--masks) is the mask of an image; they have the names of the images, '
+                       'with .png')
+    return masks
+
+
 def split_names(labels, val_share, seed):
     """(train, val), sorted lists of the names of `labels`: dict name -> float32 (C,) multi-hot.
     val gets the share, rounded, but never the last image of a class, so train has every class."""
@@ -240,26 +251,18 @@ def main(args):
     found, columns = read_labels(args)
     class_names = choose_classes(set().union(columns, *found.values()), args)
     names = name_images(found, f'{args.images} (--images)')
+    masks = find_masks(args, names) if args.masks else {}
     files = {os.path.join(IMG_FOLDER, name + '.jpg'): os.path.join(args.images, path) for name, path in names.items()}
-    masks = {name: find_mask(args.masks, path) for name, path in names.items()} if args.masks else {}
-    masks = {name: path for name, path in masks.items() if path}
-    if args.masks and not masks:
-        raise BadInput(f'no file of {args.masks} (--masks) is the mask of an image; they have the names of the images, '
-                       'with .png')
-    for name, path in masks.items():
-        if filecmp.cmp(path, os.path.join(args.images, names[name]), shallow=False):
-            raise BadInput(f'{path} (--masks) is the image {names[name]} itself, not its mask')
-    files.update({os.path.join(GT_FOLDER, name + '.png'): path for name, path in masks.items()})
+    files |= {os.path.join(GT_FOLDER, name + '.png'): path for name, path in masks.items()}
     labels = {name: np.array([c in found[path] for c in class_names], np.float32) for name, path in names.items()}
-    lists = dict(zip(('train', 'val'), split_names(labels, args.val_share, args.seed)))
+    train, val = split_names(labels, args.val_share, args.seed)
 
-    write_root(args.out, MARKER, files, labels, class_names, lists, args.copy)
-    rows = [(name, [int(sum(labels[image][c] for image in images)) for images in lists.values()])
-            for c, name in enumerate(class_names)]
-    rows += [('all', [len(images) for images in lists.values()]),
-             ('with a mask', [len(masks.keys() & set(images)) for images in lists.values()])]
-    for name, counts in [('images per class', lists), *rows]:
-        print(f'{name:24}' + ''.join(f'{count:>8}' for count in counts))
+    write_root(args.out, MARKER, files, labels, class_names, {'train': train, 'val': val}, args.copy)
+    print(f'{"images per class":24}{"train":>8}{"val":>8}')
+    for c, name in enumerate(class_names):
+        print(f'{name:24}' + ''.join(f'{sum(labels[image][c] for image in images):8.0f}' for images in (train, val)))
+    print(f'{"all":24}{len(train):8}{len(val):8}')
+    print(f'{"with a mask":24}{len(masks.keys() & set(train)):8}{len(masks.keys() & set(val)):8}')
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])
