@@ -9,7 +9,7 @@ line has. A row is an image, by its path in --images with or without extension, 
     one-hot   image,cat,dog         a header with the class names, and below it alone 1 or 0, True or False, yes or no,
               cat1.jpg,1,1          their first letters, x or nothing (also - or NaN), in any capitals
 
-A first line is a header unless it begins with an image. The classes of all rows of an image add up.
+A first line that does not begin with the path of an image is a header. The classes of all rows of an image add up.
 
 JPEGImages/NAME.jpg is a link to the image, whatever its format, since all readers go by the content. NAME, by which
 lists and results go, is the image's file name without extension, with _ for blanks, dots and the like.
