@@ -206,7 +206,7 @@ def test_class_names_beyond_ascii(images):
     assert labels_of(make(images, ['a.jpg,Füchsin', 'b.png,猫']))['a'] == ['Füchsin']
 
 
-@pytest.mark.parametrize('file', ['a.jpg.png', 'a b.png', 'a.b.png'])
+@pytest.mark.parametrize('file', ['a.jpg.png', 'a b.png', 'a  b.png', 'a.b.png'])
 def test_names_survive_the_readers_of_lists(file, images):
     (images / 'a.jpg').rename(images / file)
     root = make(images, [f'{file},cat', 'b.png,dog'])

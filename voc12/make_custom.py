@@ -101,8 +101,7 @@ def read_rows(path):
     delimiter = next((char for char in '\t,;' if char in first), ',')
     reader = csv.reader((line + '\n' for line in lines), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        rows = [(f'{path} (--labels), line {reader.line_num}', [' '.join(field.split()) for field in row])
-                for row in reader]
+        rows = [(f'{path} (--labels), line {reader.line_num}', [field.strip() for field in row]) for row in reader]
     except csv.Error as error:
         raise BadInput(f'{path} (--labels), line {reader.line_num}: {error}') from error
     return [(where, fields) for where, fields in rows if any(fields)]
@@ -168,7 +167,7 @@ def read_labels(args):
     first = rows[0][1][0]
     if not first.lower().endswith(EXTENSIONS) and find_image(args.images, first) is None:
         print(f'{args.labels}: the first line is a header, since {args.images} has no image "{first}"')
-        header = rows.pop(0)[1]
+        header = [' '.join(field.split()) for field in rows.pop(0)[1]]
     if not rows:
         raise BadInput(f'{source} has no rows below its header')
     paths = [find_image(args.images, fields[0]) for _, fields in rows]
@@ -186,7 +185,8 @@ def read_labels(args):
         if one_hot:
             classes = {name for name, value in zip(columns, values) if read_bit(value)}
         else:
-            classes = {name.strip() for name in re.split('[;|]', '|'.join(values))} - {''}
+            names = re.split('[;|]', '|'.join(values))
+            classes = {' '.join(name.split()) for name in names} - {''}         # as load_class_names reads them
         labels.setdefault(path, set()).update(classes)
     empty = [path for path, classes in labels.items() if not classes]
     if empty:
