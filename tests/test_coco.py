@@ -319,6 +319,26 @@ def test_empty_outlines_are_counted_and_left_out_of_the_mask_alone(segmentation,
     assert load_labels(['train_1'], str(out / 'cls_labels.npy'), '', NAMES)['train_1'].tolist() == [1, 0, 0]
 
 
+def test_absolute_file_name_in_the_image_folder_and_sizes_as_text_are_read(coco):
+    data = copy.deepcopy(instances(TRAIN, 5))
+    data['images'][0] |= {'file_name': str(coco / 'train2014' / 'train_1.jpg'), 'width': str(W), 'height': f'{H}.0'}
+    write_json(coco, 'train', data)
+    assert (mask_of(run(coco), 'train_1') == box_mask(2, 3, 10, 8)).all()
+
+
+def test_crowd_as_text_is_a_number(coco):
+    rewrite(coco, lambda data: [entry.update(iscrowd='0') for entry in data['annotations']])
+    before = tree(run(coco) / 'SegmentationClass')
+    rewrite(coco, lambda data: [entry.update(iscrowd=0) for entry in data['annotations']])
+    assert tree(run(coco) / 'SegmentationClass') == before
+
+
+def test_file_without_any_annotation_is_refused(coco):
+    rewrite(coco, change(None, 'annotations', []))
+    with pytest.raises(BadInput, match='no image of train has an annotation .--coco_root'):
+        run(coco)
+
+
 def test_val_may_be_missing(coco):
     run(coco)
     (coco / 'annotations' / 'instances_val2014.json').unlink()
@@ -344,10 +364,13 @@ BAD = {
     'file_name_number': (change('images', 'file_name', 7), 'no instances file'),
     'half_a_pixel': (change('images', 'width', 30.5), 'size of 30.5 pixels'),
     'no_size': (change('images', 'height', float('inf')), 'no instances file'),
-    'image_id_twice': (change('images', 'id', 6), 'two images have the id 6'),
+    'image_id_twice': (change('images', 'id', 6), 'two images have the same id'),
+    'category_id_twice': (change('categories', 'id', 1), 'two categories have the same id'),
+    'polygon_far_away': (outline([[1, 1, 1e9, 1, 5, 5]]), 'annotation 70: .* no places in an image'),
+    'huge_size': (change('images', 'width', 1e9), 'size of 1000000000.0 pixels'),
     'one_file_twice': (change('images', 'file_name', 'train_2.jpg'), 'would both be the image train_2'),
     'category_bg': (change('categories', 'name', '_background_'), 'has the class _background_: delete it'),
-    'endless_polygon': (outline([[1, 1, 5, 1, float('inf'), 5]]), 'not finite'),
+    'endless_polygon': (outline([[1, 1, 5, 1, float('inf'), 5]]), 'no places in an image'),
     'odd_polygon': (outline([[1, 1, 5, 1, 5, 5, 9]]), 'annotation 70: a polygon needs'),
     'flat_polygon': (outline(box(1, 1, 2, 2)), 'annotation 70: '),
     'list_of_run_lengths': (outline([{'size': [H, W], 'counts': [600]}]), 'annotation 70: a polygon needs'),
@@ -373,7 +396,7 @@ def test_bad_annotations_are_one_line_and_nothing_is_written(case, coco):
     assert tree(coco.parent) == before
 
 
-@pytest.mark.parametrize('text', ['', '{"images": [', '[1]', '{"images": 1}'])
+@pytest.mark.parametrize('text', ['', '{"images": [', '[1]', '{"images": 1}', '[' * 10 ** 5])
 def test_malformed_json_is_one_line_and_nothing_is_written(text, coco):
     write_json(coco, 'val', text)
     before = tree(coco.parent)

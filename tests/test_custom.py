@@ -160,8 +160,8 @@ def spelled(yes, no):
 
 @pytest.mark.parametrize('text', [
     ONE_HOT,
-    *(spelled(*pair.split('/')) for pair in ('True/False', 'TRUE/FALSE', 'yes/no', 'Y/N', 't/F', 'x/', 'X/', '1/',
-                                             '1.00/0.00', 'on/off', '✓/')),
+    *(spelled(*pair.split('/', 1)) for pair in ('True/False', 'TRUE/FALSE', 'yes/no', 'Y/N', 't/F', 'x/', 'X/', '1/',
+                                             '1.00/0.00', 'on/off', '✓/', '✓/✗', 'x/-', '1/NaN', 'yes/n/a')),
     [*spelled('TRUE', '0')[:4], *spelled('1.00', 'f')[4:7], *spelled('x', '')[7:]],     # a mixture
     [row.replace(',', ';') for row in ONE_HOT[:1]] + [row.replace(',', ';').replace('1', '1,0')
                                                       if not row.startswith('e') else row.replace(',', ';')
@@ -206,12 +206,26 @@ def test_class_names_beyond_ascii(images):
     assert labels_of(make(images, ['a.jpg,Füchsin', 'b.png,猫']))['a'] == ['Füchsin']
 
 
-@pytest.mark.parametrize('file', ['a.jpg.png', 'a b.png', 'a.b.png'])
+@pytest.mark.parametrize('file', ['a.jpg.png', 'a b.png', 'a  b.png', 'a.b.png'])
 def test_names_survive_the_readers_of_lists(file, images):
     (images / 'a.jpg').rename(images / file)
     root = make(images, [f'{file},cat', 'b.png,dog'])
     check_images(split_of(root, 'train'), 'the list', str(root))
     assert set(labels_of(root)) == set(split_of(root, 'train')) and len(labels_of(root)) == 2
+
+
+def test_image_without_a_class_in_one_row_has_those_of_its_others(images):
+    assert labels_of(make(images, ['image,cat,dog', 'a.jpg,0,0', 'a.jpg,1,0', 'b.png,0,1']))['a'] == ['cat']
+
+
+def test_line_break_in_a_field_is_a_blank(images):
+    assert labels_of(make(images, ['a.jpg,"red', 'fox"', 'b.png,dog']))['a'] == ['red fox']
+
+
+def test_numbers_and_capitals_are_class_names_where_they_are_listed(images):
+    (images.parent / 'names.txt').write_text('7\ncat\nCat\n')
+    assert labels_of(make(images, ['a.jpg,7|Cat', 'b.png,cat'], '--class_names', images.parent / 'names.txt')) == {
+        'a': ['7', 'Cat'], 'b': ['cat']}
 
 
 def test_two_classes_in_a_wide_table_are_read_without_the_header(images):
@@ -244,7 +258,7 @@ def test_folder_in_the_images_may_be_a_link_to_elsewhere(images):
     assert labels_of(make(images, ['linked/z.png,cat', 'a.jpg,dog']))['z'] == ['cat']
 
 
-@pytest.mark.parametrize('row', ['c.jpg', 'c'])
+@pytest.mark.parametrize('row', ['c.jpg', 'c', '.\\c.JPG'])
 def test_extension_in_other_capitals_is_found(row, images):
     assert 'c' in labels_of(make(images, [f'{row},cat', 'a.jpg,dog']))
 
@@ -329,7 +343,15 @@ def test_masks_of_other_images_alone_are_refused(images):
 @pytest.mark.parametrize('text, words', [
     (['image,cat,dog', 'a.jpg,oui,non', 'b.png,non,oui'], 'a header and values such as "non"'),
     (['image,cat,dog', 'a.jpg,+,', 'b.png,,+'], 'a header and values such as'),
-    (['image,cat,dog', 'a.jpg,0.9,0.1', 'b.png,0.2,0.7'], 'a header and values such as "0.1"'),
+    (['image,cat,dog', 'a.jpg,0.9,0.1', 'b.png,0.2,0.7'], 'has the number 0.1 for a class'),
+    (['a.jpg,12,13,40,39,cat', 'b.png,15,16,40,38,dog'], 'has the number 12 for a class'),          # boxes
+    (['image,label', 'a.jpg,"cat,dog"', 'b.png,dog', 'h.tif,cat'], 'has the class "cat,dog" and the classes cat and d'),
+    (['image,label', 'a.jpg,cat dog', 'b.png,dog', 'h.tif,cat'], 'write ; or . between the classes of an image'),
+    (['image,label', 'a.jpg,"[\'cat\', \'dog\']"', 'b.png,"[\'dog\']"'], "has .*'cat', 'dog'.*a file of another tool"),
+    (['a.jpg,Cat', 'b.png,dog', 'h.tif,cat'], 'has the classes "Cat" and "cat": write one as the other'),
+    (['image,label', 'a.jpg,cat', 'b.png,-'], 'has "cat" beside "-"'),
+    (['A.jpg,cat', 'b.png,dog'], '1 rows name images that are not in .*"A.jpg": .*line 1'),         # no header
+    ([',image,cat,dog', '0,a.jpg,True,False', '1,b.png,False,True'], '2 rows name images .*"0": .*line 2'),
     (['image,cat,dog', 'a.jpg,1,-1', 'b.png,-1,1'], 'has "-1" beside "1"'),
     (['image,split,cat', 'a.jpg,train,x', 'b.png,val,x'], 'has "train" beside "x"'),
     (['image,cat,dog', 'a.jpg,x,y', 'b.png,y,x'], 'has the values x, y: classes, or yes and no'),
@@ -338,9 +360,9 @@ def test_masks_of_other_images_alone_are_refused(images):
     ('', 'has no rows'),
     ('image,classes', 'has no rows'),
     (['a.jpg,cat', 'x.jpg,dog', 'y,dog', ',dog'], '3 rows name images that are not in .*"x.jpg": .*line 2'),
-    (['a.jpg,cat', '', 'b.png, , ;'], 'line 3: b.png has no class'),
-    (['a.jpg', 'b.png'], 'line 1: a.jpg has no class'),
-    (['image,cat,dog', 'a.jpg,1,0', 'b.png,0,0'], 'line 3: b.png has no class'),
+    (['a.jpg,cat', '', 'b.png, , ;'], '1 images have no class, the first is b.png'),
+    (['a.jpg', 'b.png'], '2 images have no class, the first is a.jpg'),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,0,0'], '1 images have no class, the first is b.png'),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,1'], 'line 3: 1 values, but the header names 2 classes'),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,1,0,1'], 'line 3: 3 values'),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,2,0'], 'has "2" beside "0", a yes or no'),

@@ -337,8 +337,8 @@ def test_xml_with_a_doctype_is_refused(file, name, encoding):
 
 @pytest.mark.parametrize('data, words', [
     (b'<a>' * 10, ''), (b'', ''), (b'<a>&x;</a>', 'undefined entity'), (b'<a>\0</a>', ''), (b'\xff\xfe<', ''),
-    (b'<a>' + b' ' * 2 ** 20 + b'</a>', 'larger than 1 MiB'), (b'<a>' * 30_000, ''), (b'<a>\xe9</a>', 'utf-8'),
-    (b'<?xml version="1.0" encoding="punycode"?><a/>', 'its encoding is punycode; save it as utf-8')])
+    (b'<a>' * 30_000, ''), (b'<a>\xe9</a>', 'invalid token'),
+    (b'<?xml version="1.0" encoding="punycode"?><a/>', '')])
 def test_xml_that_is_none_is_one_line(file, data, words):
     refused(xml_label, file('a.xml', data), words)
 

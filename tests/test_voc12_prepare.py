@@ -13,7 +13,8 @@ from PIL import Image
 from tool.cli import BadInput
 from voc12 import make_cls_labels, make_lists
 from voc12.canonical import CANONICAL, compare_labels, compare_names, labels_digest, names_digest
-from voc12.lists import CAT_LIST, check_images, get_img_path, load_class_names, load_img_name_list, load_labels
+from voc12.lists import (CAT_LIST, check_images, get_img_path, label_from_xml, load_class_names, load_img_name_list,
+                         load_labels)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -392,10 +393,16 @@ def test_name_with_a_blank_is_read_whole_or_refused(line, name, tmp_path):
 
 @pytest.mark.parametrize('name', ['Background', '_background_', 'BG', 'void', '__ignore__', '0: background',
                                   'background:0,0,0::', '# label:color_rgb:parts:actions', 'dog:64,0,128::',
-                                  'dog 64 0 128', 'dog #400080'])
+                                  'dog 64 0 128', 'dog #400080', 'background/other', 'void/unlabelled', 'bkgd', 'null',
+                                  '["cat", "dog"]', 'item {', 'names:'])
 def test_class_list_with_a_background_or_with_colours_is_refused(name, tmp_path):
     with pytest.raises(BadInput, match='names.txt .--class_names. has .*foreground classes'):
         load_class_names(str(write(tmp_path / 'names.txt', f'cat\n{name}\ndog\n')))
+
+
+def test_class_list_on_one_line_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="has one line, 'cat, dog'; write one name a line"):
+        load_class_names(str(write(tmp_path / 'names.txt', 'cat, dog\n')))
 
 
 def test_class_names_that_only_resemble_a_background_are_read(tmp_path):
@@ -414,6 +421,28 @@ def test_names_in_xml_that_are_no_class_are_told_with_their_counts(devkit, tmp_p
     assert warning in capsys.readouterr().out
     load_labels(TRAIN_AUG, 'no such file', str(devkit))
     assert 'warning' not in capsys.readouterr().out      # parts are no objects
+
+
+def test_blanks_in_the_name_of_an_object_are_those_of_a_class_name(tmp_path):
+    path = write(tmp_path / 'a.xml', '<annotation><object><name> fork \n lift</name></object></annotation>')
+    assert label_from_xml(path, ['fork lift']).tolist() == [1]
+
+
+@pytest.mark.parametrize('key, name', [(2007000032, '2007_000032'), (139, '000000000139'), (7, '7')])
+def test_whole_number_is_the_key_of_a_name_of_digits(key, name, tmp_path):
+    np.save(tmp_path / 'labels.npy', {key: np.ones(20, np.float32)})
+    assert list(load_labels([name], str(tmp_path / 'labels.npy'), 'no root')) == [name]
+
+
+def test_name_without_a_label_is_told_with_one_that_the_file_has(tmp_path):
+    np.save(tmp_path / 'labels.npy', {'a.jpg': np.ones(20, np.float32)})
+    with pytest.raises(BadInput, match="image a is not usable: no entry; the first one in the file is 'a.jpg'"):
+        load_labels(['a'], str(tmp_path / 'labels.npy'), 'no root')
+
+
+def test_missing_annotation_is_told_with_the_label_file_that_is_not_there(tmp_path):
+    with pytest.raises(BadInput, match='a.xml .*: No such file or directory; .*--cls_labels none.npy does not exist'):
+        load_labels(['a'], 'none.npy', str(tmp_path))
 
 
 def test_image_with_another_extension_is_found(tmp_path):

@@ -46,10 +46,7 @@ def labels_digest(names, labels):
 def find_canonical(names):
     """Key in CANONICAL of the list that has exactly these names (in any order), or None."""
     digest = names_digest(names)
-    for key, (_, _, _, canonical_digest, _) in CANONICAL.items():
-        if digest == canonical_digest:
-            return key
-    return None
+    return next((key for key, entry in CANONICAL.items() if entry[3] == digest), None)
 
 
 def describe_list(names, class_names):

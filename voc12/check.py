@@ -17,6 +17,7 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
+from tool.files import describe
 from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
@@ -29,21 +30,17 @@ FEW = 0.1                          # share of the images whose mask and label ma
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description='Reads every image, mask and label of a list once and says what is wrong. Exit code 0: no '
-                    'problem; 1: problems; 2: a flag that names nothing to check.')
-    parser.add_argument('--voc12_root', default='VOC2012', type=str,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--voc12_root', default='VOC2012',
                         help='folder VOC2012 of the devkit, or one of its layout (default: %(default)s)')
-    parser.add_argument('--list', default='voc12/train_aug.txt', type=str,
-                        help='images to check (default: %(default)s)')
-    parser.add_argument('--gt_dir', default=None, type=str,
+    parser.add_argument('--list', default='voc12/train_aug.txt', help='images to check (default: %(default)s)')
+    parser.add_argument('--gt_dir',
                         help='folder of the masks, NAME.png, where every image must have one (default: '
                              f'{GT_FOLDER} in --voc12_root, where only those of VOC train and val must)')
-    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy', type=str,
+    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
                         help='image-level labels, a pickled dict; where it is missing, the XML files of '
                              f'{ANNOT_FOLDER} are read (default: %(default)s)')
-    parser.add_argument('--class_names', default=None, type=str,
-                        help="text file, one foreground class a line (default: VOC's 20)")
+    parser.add_argument('--class_names', help="text file, one foreground class a line (default: VOC's 20)")
     parser.add_argument('--num_workers', default=8, type=int,
                         help='processes; 0 works in the main one (default: %(default)s)')
     return parser
@@ -51,49 +48,44 @@ def get_args_parser():
 
 # ----- one image -----
 
-def reason(error):
-    """Why a file could not be read, on one line, for a place where its name stands already."""
-    return ' '.join(str(error.__cause__ or error).split())
+def pixel_mode(img):
+    """Mode of a PIL image that is not decoded yet, or how its file stores pixels of 16 bits."""
+    stored = stored_mode(img)
+    return stored if '16' in stored else img.mode
 
 
-def look_at_mask(path, num_classes, size):
-    """(findings, classes) of one mask. Findings: dict of what is odd -> detail; classes: set of class indices from 0,
-    None where the mask cannot be read. size: (width, height) of the image, None where that is not known."""
-    if not os.path.isfile(path):
-        return {'no mask': ''}, None
+def look_at(name, voc12_root, gt_dir, num_classes):
+    """(findings, classes) of an image and its mask, both read as training and evaluation read them. Findings: dict of
+    what is odd -> detail; classes: set of the mask's class indices from 0, None where it cannot be read."""
+    found, size = {}, None
+    image_path, mask_path = get_img_path(name, voc12_root), os.path.join(gt_dir, name + '.png')
+    if not os.path.isfile(image_path):
+        found['no image'] = ''
+    else:
+        try:
+            size = read_image(image_path).size                          # (width, height)
+            mode = decode_image(image_path, image_path, pixel_mode)
+            if mode != 'RGB':
+                found['image mode'] = mode
+        except BadInput as error:
+            found['damaged image'] = describe(error.__cause__)
+    if not os.path.isfile(mask_path):
+        return {**found, 'no mask': ''}, None
     try:
-        labels = read_label_map(path, '--gt_dir')                  # uint8 (H, W), as evaluation reads it
-        mode, official = mask_form(path)
+        labels = read_label_map(mask_path, '--gt_dir')                  # uint8 (H, W)
+        mode, official = mask_form(mask_path)
     except BadInput as error:
-        return {'damaged mask': reason(error)}, None
-    found, wrong = {}, wrong_values(labels, num_classes)
+        return {**found, 'damaged mask': describe(error.__cause__)}, None
     if not official:
         found['mask form'] = f'mode {mode}'
     if size and labels.shape != size[::-1]:
         found['size'] = f'mask {labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]}'
     if not (labels == IGNORE).any():
         found['no 255'] = ''
+    wrong = wrong_values(labels, num_classes)
     if wrong:
         found['values'] = wrong
     return found, {value - 1 for value in np.unique(labels).tolist() if 1 <= value <= num_classes}
-
-
-def look_at(name, voc12_root, gt_dir, num_classes):
-    """(findings, classes) of an image and its mask, both read as training and evaluation read them; classes as in
-    `look_at_mask`."""
-    path, found, size = get_img_path(name, voc12_root), {}, None
-    if not os.path.isfile(path):
-        found['no image'] = ''
-    else:
-        try:
-            size = read_image(path).size
-            mode, stored = decode_image(path, path, lambda img: (img.mode, stored_mode(img)))
-            if mode != 'RGB' or '16' in stored:
-                found['image mode'] = stored if '16' in stored else mode
-        except BadInput as error:
-            found['damaged image'] = reason(error)
-    mask_found, classes = look_at_mask(os.path.join(gt_dir, name + '.png'), num_classes, size)
-    return {**found, **mask_found}, classes
 
 
 # ----- labels -----
@@ -106,7 +98,7 @@ def read_labels(names, reader):
         try:
             labels[name] = reader.read(name)
         except ValueError as error:         # BadInput too
-            unusable.append((name, reason(error)))
+            unusable.append((name, describe(error.__cause__ or error)))
     return labels, unusable
 
 
@@ -116,8 +108,8 @@ def judge(level, what, found, hint=''):
     """One line of the verdict: ok where nothing was found. found: list of (name, detail or '')."""
     if not found:
         return OK, f'{what}: none'
-    first = ', '.join(name + (f' ({detail})' if detail else '') for name, detail in found[:5])
-    return level, f'{what}: {len(found):,}: {first}{", ..." * (len(found) > 5)}' + (f'; {hint}' if hint else '')
+    first = [f'{name} ({detail})' if detail else name for name, detail in found[:5]] + ['...'] * (len(found) > 5)
+    return level, f'{what}: {len(found):,}: {", ".join(first)}' + (f'; {hint}' if hint else '')
 
 
 def pick(results, key):
@@ -177,17 +169,17 @@ def label_lines(names, labels, unusable, source, key):
 
 def agreement_lines(results, labels, class_names):
     """Whether masks and image-level labels name the same classes."""
-    both = {name: (set(np.flatnonzero(labels[name]).tolist()), classes)
-            for name, (_, classes) in results.items() if classes is not None and name in labels}
-    lines = []
-    for what, missing in (('masks with a class that the label lacks', lambda label, mask: mask - label),
-                          ('labels with a class that the mask lacks', lambda label, mask: label - mask)):
-        found = [(name, ', '.join(class_names[c] for c in sorted(missing(*pair))))
-                 for name, pair in both.items() if missing(*pair)]
-        lines.append(judge(PROBLEM if len(found) > FEW * len(both) else NOTE, what, found,
-                           f'of {len(both):,} compared; a few are normal (VOC does not segment some difficult '
-                           f'objects), more than {FEW:.0%} are not'))
-    return lines
+    found = {'masks with a class that the label lacks': [], 'labels with a class that the mask lacks': []}
+    both = [name for name, (_, classes) in results.items() if classes is not None and name in labels]
+    for name in both:
+        of_label, of_mask = set(np.flatnonzero(labels[name]).tolist()), results[name][1]
+        for what, missing in zip(found, (of_mask - of_label, of_label - of_mask)):
+            if missing:
+                found[what].append((name, ', '.join(class_names[c] for c in sorted(missing))))
+    hint = (f'of {len(both):,} compared; a few are normal (VOC does not segment some difficult objects), more than '
+            f'{FEW:.0%} are not')
+    return [judge(PROBLEM if len(differing) > FEW * len(both) else NOTE, what, differing, hint)
+            for what, differing in found.items()]
 
 
 def main(args):
@@ -199,15 +191,16 @@ def main(args):
     class_names = load_class_names(args.class_names)
     counts = collections.Counter(load_img_name_list(args.list, '--list'))
     names = list(counts)
-    key = find_canonical(names) if list(class_names) == CAT_LIST else None
+    is_voc = list(class_names) == CAT_LIST
+    key = find_canonical(names) if is_voc else None
     gt_dir = args.gt_dir or os.path.join(args.voc12_root, GT_FOLDER)
     # before the images: a wrong file ends the run at once
     reader = LabelReader(args.cls_labels, args.voc12_root, class_names)
     labels, unusable = read_labels(names, reader)
     work = functools.partial(look_at, voc12_root=args.voc12_root, gt_dir=gt_dir, num_classes=len(class_names))
-    results = {name: result for result, name in zip(parallel_map(work, names, args.num_workers, 'check'), names)}
+    results = dict(zip(names, list(parallel_map(work, names, args.num_workers, 'check'))))
 
-    lines = [(OK if key or list(class_names) != CAT_LIST else NOTE, f'the list: {describe_list(names, class_names)}'),
+    lines = [(NOTE if is_voc and not key else OK, f'the list: {describe_list(names, class_names)}'),
              judge(PROBLEM, 'names more than once in the list', [(name, '') for name in names if counts[name] > 1]),
              judge(PROBLEM, 'missing images', pick(results, 'no image')),
              judge(PROBLEM, 'images that cannot be read', pick(results, 'damaged image')),

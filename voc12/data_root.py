@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from tool.cli import BadInput, make_dir
 from tool.files import atomic_write
-from voc12.lists import GT_FOLDER
+from voc12.lists import GT_FOLDER, LIST_FOLDER
 
-LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')      # of images, in any capitals
 
 

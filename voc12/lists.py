@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 
 from tool.cli import BadInput, check_dir
+from tool.files import describe
 from tool.image_files import IGNORE
 from tool.lists import IMG_FOLDER, get_img_path, load_img_name_list, read_lines     # noqa: F401: for others, too
 from tool.unpickle import load_dict
@@ -18,11 +19,13 @@ CAT_LIST = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat
 ANNOT_FOLDER = 'Annotations'
 GT_FOLDER = 'SegmentationClass'
 AUG_GT_FOLDER = 'SegmentationClassAug'
+LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 
-# what no foreground class is called, letters alone, in lower case
-NO_CLASS = {'background', 'bg', 'bkg', 'backgroundclass', 'void', 'ignore', 'ignored', 'ignoreregion', 'unlabeled',
-            'unlabelled', 'dontcare', 'none', 'noclass', 'nolabel'}
-MAX_XML = 2 ** 20                  # bytes of an annotation; those of VOC have 20,000 at most
+# what no foreground class is called: letters alone, in lower case
+NO_CLASS = re.compile('.*background.*|.*unlabel.*|bg|bkgd?|void|ignored?|ignoreregion|dontcare|none|null|noclass|'
+                      'nolabel')
+# colours, or the marks of JSON and YAML
+OTHER_FORM = re.compile(r'#[\da-fA-F]{6}|\d+([\s,;]+)\d+\1\d+|^#|["\[\]{}]|:$')
 
 
 def check_class_names(names, source):
@@ -33,10 +36,10 @@ def check_class_names(names, source):
     for name in names:
         if names.count(name) > 1:
             raise BadInput(f'{source} names the class {name} twice')
-        if name.startswith('#') or re.search(r'\d+([\s,;]+)\d+\1\d+|#[\da-fA-F]{6}', name):
-            raise BadInput(f'{source} has {name[:100]!r}: a label map with colours; write the names of the foreground '
-                           'classes alone, one a line, without the background')
-        if ''.join(filter(str.isalpha, name.casefold())) in NO_CLASS:
+        if OTHER_FORM.search(name):
+            raise BadInput(f'{source} has {name[:100]!r}, as in a label map with colours or a file of another tool; '
+                           'write the names of the foreground classes alone, one a line, without the background')
+        if NO_CLASS.fullmatch(''.join(filter(str.isalpha, name.casefold()))):
             raise BadInput(f'{source} has the class {name}: delete it and list foreground classes alone; 0 is the '
                            f'background already, and {IGNORE} what is ignored')
 
@@ -51,6 +54,8 @@ def load_class_names(path):
     if path is None:
         return CAT_LIST
     names = [' '.join(line.split()) for line in read_lines(path, '--class_names') if line.strip()]
+    if len(names) == 1 and ',' in names[0]:
+        raise BadInput(f'{path} (--class_names) has one line, {names[0][:100]!r}; write one name a line')
     check_class_names(names, f'{path} (--class_names)')
     return names
 
@@ -62,6 +67,15 @@ def read_names(path, flag):
     if twice:
         print(f'{path}: {len(twice)} names more than once, kept once: {first_five(twice)}')
     return set(names)
+
+
+def read_sbd(sbd_root):
+    """(folder, names): where SBD has its lists and cls/, at `sbd_root` or in dataset/ in it; set of the names."""
+    check_dir(sbd_root, '--sbd_root')
+    inner = os.path.join(sbd_root, 'dataset')
+    folder = inner if os.path.isdir(inner) else sbd_root
+    lists = [read_names(os.path.join(folder, key + '.txt'), '--sbd_root') for key in ('train', 'val')]
+    return folder, set().union(*lists)
 
 
 def stems(folder, extension, flag):
@@ -84,29 +98,11 @@ def check_images(names, list_path, voc12_root):
             raise BadInput(f'no such image: {get_img_path(name, voc12_root)}, named in {list_path} (--voc12_root)')
 
 
-def read_xml(path):
-    """Root element of an XML file of up to 1 MiB in utf-8, utf-16 or an 8-bit encoding that it declares.
+class XmlBuilder(ElementTree.TreeBuilder):
+    """Refuses a DOCTYPE, which can define entities that expand without end. No file of VOC has one."""
 
-    Raises ValueError for a DOCTYPE, before anything is parsed: it can define entities that expand without end or
-    are read from other files. No file of VOC has one. Other damage raises ParseError, LookupError or OSError.
-    """
-    with open(path, 'rb') as file:
-        data = file.read(MAX_XML + 1)
-    if len(data) > MAX_XML:
-        raise ValueError(f'it is larger than {MAX_XML >> 20} MiB')
-    declared = re.match(rb'\s*<\?xml[^>]{0,200}?\bencoding\s*=\s*["\']([\w.-]{1,40})["\']', data)
-    encoding = declared[1].decode().lower() if declared else 'utf-8'
-    if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
-        encoding = 'utf-16'
-    elif not re.fullmatch(r'utf-8|us-ascii|iso-8859-\d+|windows-125\d', encoding):
-        raise ValueError(f'its encoding is {encoding}; save it as utf-8')
-    # the parser gets the very text that was searched, whatever encoding the file declares
-    text = data.decode(encoding).removeprefix('\ufeff')
-    if '\0' in text:                # makes the parser guess utf-16 in spite of what it is told
-        raise ValueError('it is no text file')
-    if '<!DOCTYPE' in text or '<!ENTITY' in text:
+    def doctype(self, *_):
         raise ValueError('it has a DOCTYPE, which is refused')
-    return ElementTree.fromstring(text)
 
 
 def label_from_xml(path, class_names, unknown=None):
@@ -114,14 +110,15 @@ def label_from_xml(path, class_names, unknown=None):
 
     Every `<object><name>` among the class names counts, difficult ones too; the names of `<part>`s are no classes.
     unknown: a Counter, to which the other objects' names are added.
-    Raises BadInput for a file that cannot be read, see `read_xml`.
+    Raises BadInput for a file that cannot be read, and for one with a DOCTYPE.
     """
     label = np.zeros(len(class_names), np.float32)
     try:
-        objects = read_xml(path).findall('object')
+        objects = ElementTree.parse(path, ElementTree.XMLParser(target=XmlBuilder())).findall('object')
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:   # the last two: odd encodings
-        raise BadInput(f'cannot read the annotation {path} (--voc12_root): {error}') from error
-    for name in (element.findtext('name', '').strip() for element in objects):
+        raise BadInput(f'cannot read the annotation {path} (--voc12_root): {describe(error)}') from error
+    for element in objects:
+        name = ' '.join(element.findtext('name', '').split())
         if name in class_names:
             label[class_names.index(name)] = 1.
         elif unknown is not None:
@@ -142,27 +139,27 @@ class LabelReader:
     """Image-level labels by name, from a cls_labels file or, where that is missing, from the XML of the data root.
 
     cls_labels: .npy file of a pickled dict (the reference's format, read without running anything in it) or .npz file
-    of arrays. Keys are names, or whole numbers as in irn's file: 2007000032 is 2007_000032.
+    of arrays. Keys are names, or whole numbers: 2007000032 is 2007_000032, as in irn's file, and 139 is 000000000139.
     source: where they are from, for messages. unknown: Counter of object names in the XML that are no class.
     """
 
     def __init__(self, cls_labels, voc12_root, class_names):
         self.class_names, self.unknown = class_names, collections.Counter()
         self.folder = os.path.join(voc12_root, ANNOT_FOLDER)
-        self.table = load_dict(cls_labels, '--cls_labels') if os.path.isfile(cls_labels) else None
+        self.table = load_dict(cls_labels, '--cls_labels') if os.path.exists(cls_labels) else None
         self.source = (f'{self.folder} (--cls_labels {cls_labels} does not exist)' if self.table is None
                        else f'{cls_labels} (--cls_labels)')
-        for key in [key for key in self.table or () if not isinstance(key, str)]:
-            self.table[f'{str(key)[:4]}_{str(key)[4:]}'] = self.table[key]
 
     def read(self, name):
         """float32 (C,) of 0 and 1, perhaps of 0 alone. Raises ValueError, which says why there is no such label."""
         if self.table is None:
             return label_from_xml(os.path.join(self.folder, name + '.xml'), self.class_names, self.unknown)
-        if name not in self.table:
-            raise ValueError('no entry')
+        number = name.replace('_', '')
+        key = int(number) if name not in self.table and number.isdecimal() else name
+        if key not in self.table:
+            raise ValueError(f'no entry; the first one in the file is {str(next(iter(self.table), None))[:100]!r}')
         try:
-            label = np.asarray(self.table[name], np.float32)
+            label = np.asarray(self.table[key], np.float32)
         except OverflowError as error:
             raise ValueError(str(error)) from error
         if label.shape != (len(self.class_names),):
@@ -183,8 +180,6 @@ def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
     for name in dict.fromkeys(names):
         try:
             labels[name] = reader.read(name)
-        except BadInput:
-            raise
         except ValueError as error:
             raise BadInput(f'the label of image {name} is not usable: {error}; it is from {reader.source}') from error
     if reader.unknown:

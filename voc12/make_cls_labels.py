@@ -1,4 +1,4 @@
-"""Writes the image-level labels of the training and validation images.
+"""Writes the image-level labels of the training and validation images: a pickled dict, name -> float32 multi-hot.
 
     python voc12/make_cls_labels.py --voc12_root VOC2012
 
@@ -21,23 +21,23 @@ from tool.image_files import IGNORE, read_label_map
 from voc12.canonical import compare_labels
 from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, describe_unknown, first_five, label_from_xml,
                          load_class_names, load_img_name_list)
+from voc12.masks import wrong_values
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO_ROOT = os.path.dirname(HERE)
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description='Writes the image-level labels: a .npy file of a pickled dict, name -> float32 multi-hot.')
-    parser.add_argument('--train_list', default='train_aug.txt', type=str,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--train_list', default='train_aug.txt',
                         help='list of the training images; a bare file name that is not in the working directory '
                              'is looked for beside this script (default: %(default)s)')
-    parser.add_argument('--val_list', default='val.txt', type=str,
+    parser.add_argument('--val_list', default='val.txt',
                         help='list of further images, found like --train_list (default: %(default)s)')
-    parser.add_argument('--out', default='cls_labels.npy', type=str,
+    parser.add_argument('--out', default='cls_labels.npy',
                         help='file to write; the default (%(default)s) is written beside this script, where training '
                              'looks for it, every other path is relative to the working directory')
-    parser.add_argument('--voc12_root', required=True, type=str,
+    parser.add_argument('--voc12_root', required=True,
                         help='folder VOC2012 of the devkit; a relative path that does not exist in the working '
                              'directory is looked for in the folder of the repository')
     parser.add_argument('--source', default='xml', choices=['xml', 'seg'],
@@ -66,22 +66,17 @@ def find_root(voc12_root):
 
 
 def label_from_mask(path, num_classes):
-    """float32 (C,) multi-hot of the classes in a label map (uint8 PNG, 0 background, 1..C, 255 ignored).
-
-    Raises BadInput for an unreadable file, one that is not single-channel, and values between C and 255.
-    """
-    label = np.zeros(num_classes, np.float32)
-    for value in np.unique(read_label_map(path, '--source seg')):
-        if 1 <= value <= num_classes:
-            label[value - 1] = 1.
-        elif value not in (0, IGNORE):
-            raise BadInput(f'{path} (--source seg) contains {value}; class indices are 0..{num_classes} and {IGNORE}')
-    return label
+    """float32 (C,) multi-hot of the classes in a label map (0 background, 1..C, 255 ignored).
+    Raises BadInput for an unreadable file, one that is not single-channel, and values between C and 255."""
+    mask = read_label_map(path, '--source seg')
+    wrong = wrong_values(mask, num_classes)
+    if wrong:
+        raise BadInput(f'{path} (--source seg) contains {min(wrong)}; class indices are 0..{num_classes} and {IGNORE}')
+    return np.isin(np.arange(1, num_classes + 1), mask).astype(np.float32)
 
 
 def image_label(name, voc12_root, source, class_names, unknown):
-    """float32 (C,) multi-hot of one image; source: 'xml' or 'seg'. unknown: Counter of object names that are no class,
-    to which those of the image are added."""
+    """float32 (C,) multi-hot of one image; source: 'xml' or 'seg'. unknown: a Counter, see `label_from_xml`."""
     if source == 'xml':
         return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names, unknown)
     paths = [os.path.join(voc12_root, folder, name + '.png') for folder in (AUG_GT_FOLDER, GT_FOLDER)]
@@ -120,10 +115,8 @@ def main(args):
 
     labels, unknown = {}, collections.Counter()
     names = dict.fromkeys(name for names in lists.values() for name in names)
-    # Closed by `with`, so that an error message starts on a line of its own; no bar where no terminal is.
-    with tqdm(names, desc=f'labels from {args.source}', disable=None) as progress:
-        for name in progress:
-            labels[name] = image_label(name, voc12_root, args.source, class_names, unknown)
+    for name in tqdm(names, desc=f'labels from {args.source}', disable=None):           # a bar on a terminal only
+        labels[name] = image_label(name, voc12_root, args.source, class_names, unknown)
     with atomic_write(out) as file:
         np.save(file, labels, allow_pickle=True)
     report(lists, labels, class_names)

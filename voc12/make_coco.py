@@ -37,16 +37,12 @@ FINE = 8                           # grid points per pixel side that polygons ar
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description='Makes a data root in the layout of VOC from COCO: links to the images, lists, image-level '
-                    'labels, masks, class names. Images without any annotation are left out.')
-    parser.add_argument('--coco_root', required=True, type=str,
-                        help='folder with annotations/instances_train2014.json and perhaps instances_val2014.json, '
-                             'and the images in train2014/ and val2014/ or in images/train2014/ and images/val2014/')
-    parser.add_argument('--out', default='COCO', type=str, metavar='ROOT',
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--coco_root', required=True, help='folder of the annotations and the images, see above')
+    parser.add_argument('--out', default='COCO', metavar='ROOT',
                         help='folder to write, the --voc12_root of the other scripts: new, empty, or made by this '
                              'script before (default: %(default)s)')
-    parser.add_argument('--names', default=os.path.join(HERE, 'coco_names.txt'), type=str, metavar='FILE',
+    parser.add_argument('--names', default=os.path.join(HERE, 'coco_names.txt'), metavar='FILE',
                         help='text file to write, the --class_names of the other scripts: one class a line, by '
                              'ascending category id (default: %(default)s)')
     parser.add_argument('--masks', action='store_true',
@@ -96,8 +92,8 @@ def read_outline(segmentation, h, w):
     if any(not isinstance(polygon, list) or len(polygon) % 2 for polygon in segmentation or ()):
         raise ValueError('a polygon needs to be a list of an even count of numbers')
     polygons = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in segmentation or () if len(polygon) >= 6]
-    if not all(np.isfinite(polygon).all() for polygon in polygons):
-        raise ValueError('a polygon has numbers that are not finite')
+    if not all((np.abs(polygon) < 1e5).all() for polygon in polygons):          # nan too
+        raise ValueError('a polygon has numbers that are no places in an image')
     return polygons or None
 
 
@@ -159,11 +155,20 @@ def find_image_folder(coco_root, split, year):
     raise BadInput(f'no such folder: {folders[0]}, nor {folders[1]} (--coco_root)')
 
 
-def whole(number):
-    """A size as int, where the json has 64.0 too. Raises ValueError for other numbers, TypeError for none."""
-    if number != int(number) or number < 1:
+def read_size(number):
+    """A width or height as int, where the json has 64.0 or "64" too. Raises ValueError or TypeError for all else."""
+    size = float(number)
+    if not (size.is_integer() and 1 <= size <= 1e5):
         raise ValueError(f'an image has a size of {number} pixels')
-    return int(number)
+    return int(size)
+
+
+def by_id(entries, what):
+    """dict id -> entry of the json's images or categories. Raises ValueError where two have one id."""
+    found = {entry['id']: entry for entry in entries}
+    if len(found) < len(entries):
+        raise ValueError(f'two {what} have the same id')
+    return found
 
 
 def read_json(path, with_masks):
@@ -173,26 +178,24 @@ def read_json(path, with_masks):
     try:
         with open(path, encoding='utf-8-sig') as json_file:
             data = json.load(json_file)
-        categories = {entry['id']: ' '.join(entry['name'].split()) for entry in data['categories']}
+        categories = by_id(data['categories'], 'categories')
         index_of = {number: index for index, number in enumerate(sorted(categories), 1)}
+        names = [' '.join(categories[number]['name'].split()) for number in index_of]
         images = {}
-        for entry in data['images']:
-            if entry['id'] in images:
-                raise ValueError(f'two images have the id {entry["id"]}')
-            file = os.path.normpath(entry['file_name'].replace('\\', '/'))
-            images[entry['id']] = (file, whole(entry['height']), whole(entry['width']), [])
+        for number, entry in by_id(data['images'], 'images').items():
+            h, w = read_size(entry['height']), read_size(entry['width'])
+            images[number] = (entry['file_name'].replace('\\', '/'), h, w, [])
         for entry in data['annotations']:
             where = f'annotation {entry.get("id")}: '
             _, h, w, objects = images[entry['image_id']]
             outline = read_outline(entry.get('segmentation'), h, w) if with_masks else None
-            objects.append((index_of[entry['category_id']], bool(entry.get('iscrowd')), outline))
+            objects.append((index_of[entry['category_id']], bool(int(entry.get('iscrowd') or 0)), outline))
             if with_masks and outline is None:
                 empty.append(entry.get('id'))
     except KeyError as error:
         raise BadInput(f'{path} (--coco_root) is no complete instances file: {where}{error} is missing') from error
-    except (OSError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (OSError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f'{path} (--coco_root) is no instances file of COCO: {where}{error}') from error
-    names = [categories[number] for number in index_of]
     check_class_names(names, f'{path} (--coco_root)')
     if empty:
         print(f'warning: {len(empty)} of {len(data["annotations"])} annotations have no outline, the first is number '
@@ -205,15 +208,17 @@ def read_split(path, folder, with_masks):
     no object. Raises BadInput for images that are missing, not in `folder`, or of one name."""
     print(f'reading {path}')
     class_names, images = read_json(path, with_masks)
-    for file, _, _, _ in images:
-        if file.startswith((os.pardir, os.sep)) or not file.lower().endswith(EXTENSIONS):
+    # an absolute file name may be one in the folder, too
+    images = [(os.path.relpath(os.path.join(folder, file), folder), *image) for file, *image in images]
+    for file, *_ in images:
+        if file.startswith(os.pardir) or not file.lower().endswith(EXTENSIONS):
             raise BadInput(f'{path} (--coco_root) has the file name {file!r}, which is no image in {folder}')
-    missing = [file for file, _, _, _ in images if not os.path.isfile(os.path.join(folder, file))]
+    missing = [file for file, *_ in images if not os.path.isfile(os.path.join(folder, file))]
     if missing:
         raise BadInput(f'{len(missing)} of the {len(images)} images of {path} are not in {folder} (--coco_root), the '
                        f'first: {missing[0]}')
     labelled = [image for image in images if image[-1]]
-    names = name_images([file for file, _, _, _ in labelled], f'{path} (--coco_root)')
+    names = name_images([file for file, *_ in labelled], f'{path} (--coco_root)')
     by_file = {file: (os.path.join(folder, file), h, w, objects) for file, h, w, objects in labelled}
     print(f'{len(names)} images; {len(images) - len(names)} more without any annotation are left out')
     return class_names, {name: by_file[file] for name, file in names.items()}
@@ -234,6 +239,8 @@ def read_splits(args):
     if class_names.get('val', class_names['train']) != class_names['train'] or splits['train'].keys() & splits['val']:
         raise BadInput(f'the instances files of train and val (--coco_root {args.coco_root}) do not belong together: '
                        'categories differ, or an image is in both')
+    if not splits['train']:
+        raise BadInput(f'no image of train has an annotation (--coco_root {args.coco_root})')
     return class_names['train'], splits
 
 

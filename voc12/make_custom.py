@@ -7,9 +7,9 @@ line has. A row is an image, by its path in --images with or without extension, 
 
     names     cat1.jpg,cat,dog      a class in a field, or several, separated by ; or |
     one-hot   image,cat,dog         a header with the class names, and below it alone 1 or 0, True or False, yes or no,
-              cat1.jpg,1,1          their first letters, x or nothing, in any capitals
+              cat1.jpg,1,1          their first letters, x or nothing (also - or NaN), in any capitals
 
-A first line whose image does not exist is a header. The classes of all rows of an image add up.
+A first line that does not begin with the path of an image is a header. The classes of all rows of an image add up.
 
 JPEGImages/NAME.jpg is a link to the image, whatever its format, since all readers go by the content. NAME, by which
 lists and results go, is the image's file name without extension, with _ for blanks, dots and the like.
@@ -30,12 +30,13 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
-from voc12.data_root import EXTENSIONS, LIST_FOLDER, check_out, name_images, write_root
-from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, load_class_names, read_lines
+from voc12.data_root import EXTENSIONS, check_out, name_images, write_root
+from voc12.lists import GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, load_class_names, read_lines
 
 MARKER = 'CUSTOM.txt'              # tells a folder of ours from others
-YES = {'1', 'true', 'yes', 'on', 'y', 't', 'x', '✓', '✔'}      # values of the one-hot form, in lower case
-NO = {'', '0', 'false', 'no', 'off', 'n', 'f'}
+ENDINGS = EXTENSIONS + tuple(map(str.upper, EXTENSIONS))
+YES = {'1', 'true', 'yes', 'on', 'y', 't', 'x', '✓', '✔', '☑'}      # values of the one-hot form, in lower case
+NO = {'', '0', 'false', 'no', 'off', 'n', 'f', '-', 'nan', 'na', 'n/a', 'none', 'null', '✗', '✘', '☐'}
 
 
 def get_args_parser():
@@ -72,20 +73,19 @@ def find_image(images, field):
     """Path, relative to the folder `images`, of the image that a row names, or None. The row may leave out the
     extension, or write it in other capitals. Raises BadInput for an image outside of the folder, and where several
     images have the name."""
-    path = os.path.join(images, field)                           # an absolute field stays what it is
+    path = os.path.join(images, field.replace('\\', '/'))        # an absolute field stays what it is
     stem, extension = os.path.splitext(path)
-    endings = EXTENSIONS + tuple(map(str.upper, EXTENSIONS))
-    found = first_file(path, *(stem + ending for ending in endings if ending.lower() == extension.lower()))
+    found = first_file(path, *(stem + ending for ending in ENDINGS if ending.lower() == extension.lower()))
     if found is None:
         # by their numbers on the disk: where capitals do not count, two of these are one file
-        alike = {os.stat(path + ending).st_ino: path + ending for ending in endings if os.path.isfile(path + ending)}
-        if not alike:
-            return None
+        alike = {os.stat(path + ending).st_ino: path + ending for ending in ENDINGS if os.path.isfile(path + ending)}
         if len(alike) > 1:
             files = ', '.join(map(os.path.basename, alike.values()))
             raise BadInput(f'"{field}" (--labels) is the name of several files in {images} (--images): {files}; write '
                            'the extension')
-        found, = alike.values()
+        found = next(iter(alike.values()), None)
+    if found is None:
+        return None
     folder, file = os.path.split(found)
     for resolve in (os.path.abspath, os.path.realpath):          # links in `images` may lead out of it
         inner = os.path.relpath(resolve(folder), resolve(images))
@@ -94,18 +94,12 @@ def find_image(images, field):
     raise BadInput(f'"{field}" (--labels) is not in the folder {images} (--images)')
 
 
-def find_mask(masks, path):
-    """Path of the mask, in the folder `masks`, of the image with the relative `path`, or None."""
-    stems = [os.path.join(masks, os.path.splitext(inner)[0]) for inner in (path, os.path.basename(path))]
-    return first_file(*(stem + extension for stem in stems for extension in ('.png', '.PNG')))
-
-
 def read_rows(path):
     """Rows of a CSV file that are not blank: list of (file and line for messages, fields)."""
     lines = read_lines(path, '--labels')
     first = next((line for line in lines if line.strip()), '')
     delimiter = next((char for char in '\t,;' if char in first), ',')
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader((line + '\n' for line in lines), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         rows = [(f'{path} (--labels), line {reader.line_num}', [field.strip() for field in row]) for row in reader]
     except csv.Error as error:
@@ -129,56 +123,77 @@ def is_one_hot(values, columns, source):
     named = sorted(values - {''})
     bits = [value for value in named if read_bit(value) is not None]
     others = [value for value in named if read_bit(value) is None]
-    clear = [value for value in bits if not value.isalpha() or len(value) > 1]         # single letters may be classes
+    letters_alone = all(len(value) == 1 and value.isalpha() for value in bits)         # these may be classes
     if bits and not others:
         if not columns or '' in columns or len(set(columns)) < len(columns):
             raise BadInput(f'{source} has values such as "{bits[0]}" alone, so its first line must be a header that '
                            'names a class for every column, each once')
-        if not clear and len(set(map(read_bit, bits))) < len(bits):
+        if letters_alone and len(set(map(read_bit, bits))) < len(bits):
             raise BadInput(f'{source} has the values {", ".join(bits)}: classes, or yes and no? Write 1 and 0, or '
                            'longer names of the classes')
         return True
-    if clear or (bits and len(columns) > 1):
-        raise BadInput(f'{source} has "{others[0]}" beside "{(clear or bits)[0]}", a yes or no of the one-hot form, '
-                       'which has these alone, in columns of classes')
-    fractions = [value for value in others if re.fullmatch(r'-?\d*[.,]\d+(e-?\d+)?|-\d+', value)]
-    wide = len(columns) > 1 and (len(named) <= 2 or all(map(str.isdigit, named)))
-    if named and columns and (fractions or wide):
+    if bits and (not letters_alone or len(columns) > 1):
+        raise BadInput(f'{source} has "{others[0]}" beside "{bits[0]}", a yes or no of the one-hot form, which has '
+                       'these alone, in columns of classes')
+    if len(columns) > 1 and 1 <= len(named) <= 2:
         raise BadInput(f'{source} has a header and values such as "{others[0]}": classes, or yes and no? Write 1 and '
                        '0, or delete the header if these are classes')
     return False
 
 
+def check_spelling(names, source):
+    """Raises BadInput for names (set of str) that are numbers, two classes in one field, or one class in two
+    spellings."""
+    by_lower_case = {}
+    for name in sorted(names):
+        words = re.findall(r'\w+', name)
+        if len(words) > 1 and names.issuperset(words):
+            raise BadInput(f'{source} has the class "{name}" and the classes {" and ".join(words)}: write ; or | '
+                           'between the classes of an image')
+        if re.fullmatch(r'[-+]?[\d.,]+(e[-+]?\d+)?', name.lower()):
+            raise BadInput(f'{source} has the number {name} for a class: write names, or list the classes in '
+                           '--class_names')
+        twin = by_lower_case.setdefault(name.casefold(), name)
+        if twin != name:
+            raise BadInput(f'{source} has the classes "{twin}" and "{name}": write one as the other, or list both in '
+                           '--class_names')
+
+
 def read_labels(args):
     """Reads the CSV file: (dict relative image path -> set of class names, class names of a one-hot header or [])."""
-    rows, header = read_rows(args.labels), []
-    if rows and find_image(args.images, rows[0][1][0]) is None:
-        header = [' '.join(field.split()) for field in rows.pop(0)[1]]
-        print(f'{args.labels}: the first line is a header, since {args.images} has no image "{header[0]}"')
+    rows, header, source = read_rows(args.labels), [], f'{args.labels} (--labels)'
     if not rows:
-        raise BadInput(f'{args.labels} (--labels) has no rows')
+        raise BadInput(f'{source} has no rows')
+    first = rows[0][1][0]
+    if not first.lower().endswith(EXTENSIONS) and find_image(args.images, first) is None:
+        print(f'{args.labels}: the first line is a header, since {args.images} has no image "{first}"')
+        header = [' '.join(field.split()) for field in rows.pop(0)[1]]
+    if not rows:
+        raise BadInput(f'{source} has no rows below its header')
+    paths = [find_image(args.images, fields[0]) for _, fields in rows]
+    missing = [f'"{fields[0]}": {where}' for path, (where, fields) in zip(paths, rows) if path is None]
+    if missing:
+        raise BadInput(f'{len(missing)} rows name images that are not in {args.images} (--images), the first is '
+                       f'{missing[0]}')
+
     columns = header[1:]
-    one_hot = is_one_hot({value.casefold() for _, (_, *values) in rows for value in values}, columns,
-                         f'{args.labels} (--labels)')
-    labels, missing = {}, []
-    for where, (field, *values) in rows:
+    one_hot = is_one_hot({value.casefold() for _, fields in rows for value in fields[1:]}, columns, source)
+    labels = {}
+    for path, (where, (_, *values)) in zip(paths, rows):
         if one_hot and len(values) != len(columns):
             raise BadInput(f'{where}: {len(values)} values, but the header names {len(columns)} classes')
         if one_hot:
             classes = {name for name, value in zip(columns, values) if read_bit(value)}
         else:
             names = re.split('[;|]', '|'.join(values))
-            classes = {' '.join(name.split()) for name in names} - {''}              # as load_class_names reads them
-        if not classes:
-            raise BadInput(f'{where}: {field} has no class; an image without any cannot be trained on, take it out')
-        path = find_image(args.images, field)
-        if path is None:
-            missing.append(f'"{field}": {where}')
-        else:
-            labels.setdefault(path, set()).update(classes)
-    if missing:
-        raise BadInput(f'{len(missing)} rows name images that are not in {args.images} (--images), the first is '
-                       f'{missing[0]}')
+            classes = {' '.join(name.split()) for name in names} - {''}         # as load_class_names reads them
+        labels.setdefault(path, set()).update(classes)
+    empty = [path for path, classes in labels.items() if not classes]
+    if empty:
+        raise BadInput(f'{source}: {len(empty)} images have no class, the first is {empty[0]}; an image without any '
+                       'cannot be trained on, take it out')
+    if not one_hot and not args.class_names:
+        check_spelling(set().union(*labels.values()), source)
     return labels, columns if one_hot else []
 
 
@@ -193,6 +208,23 @@ def choose_classes(used, args):
         raise BadInput(f'{args.labels} (--labels) has {len(other)} classes that are not in {args.class_names} '
                        f'(--class_names), the first is "{other[0]}"')
     return classes
+
+
+def find_masks(args, names):
+    """dict NAME -> path of its mask in --masks, for the images that have one. names: dict NAME -> image path.
+    Raises BadInput where no image has one, and for a mask that is the image itself."""
+    masks = {}
+    for name, path in names.items():
+        stems = [os.path.join(args.masks, os.path.splitext(inner)[0]) for inner in (path, os.path.basename(path))]
+        mask = first_file(*(stem + extension for stem in stems for extension in ('.png', '.PNG')))
+        if mask and filecmp.cmp(mask, os.path.join(args.images, path), shallow=False):
+            raise BadInput(f'{mask} (--masks) is the image {path} itself, not its mask')
+        if mask:
+            masks[name] = mask
+    if not masks:
+        raise BadInput(f'no file of {args.masks} (--masks) is the mask of an image; they have the names of the images, '
+                       'with .png')
+    return masks
 
 
 def split_names(labels, val_share, seed):
@@ -219,26 +251,18 @@ def main(args):
     found, columns = read_labels(args)
     class_names = choose_classes(set().union(columns, *found.values()), args)
     names = name_images(found, f'{args.images} (--images)')
+    masks = find_masks(args, names) if args.masks else {}
     files = {os.path.join(IMG_FOLDER, name + '.jpg'): os.path.join(args.images, path) for name, path in names.items()}
-    masks = {name: find_mask(args.masks, path) for name, path in names.items()} if args.masks else {}
-    masks = {name: path for name, path in masks.items() if path}
-    if args.masks and not masks:
-        raise BadInput(f'no file of {args.masks} (--masks) is the mask of an image; they have the names of the images, '
-                       'with .png')
-    for name, path in masks.items():
-        if filecmp.cmp(path, os.path.join(args.images, names[name]), shallow=False):
-            raise BadInput(f'{path} (--masks) is the image {names[name]} itself, not its mask')
-    files.update({os.path.join(GT_FOLDER, name + '.png'): path for name, path in masks.items()})
+    files |= {os.path.join(GT_FOLDER, name + '.png'): path for name, path in masks.items()}
     labels = {name: np.array([c in found[path] for c in class_names], np.float32) for name, path in names.items()}
-    lists = dict(zip(('train', 'val'), split_names(labels, args.val_share, args.seed)))
+    train, val = split_names(labels, args.val_share, args.seed)
 
-    write_root(args.out, MARKER, files, labels, class_names, lists, args.copy)
-    rows = [(name, [int(sum(labels[image][c] for image in images)) for images in lists.values()])
-            for c, name in enumerate(class_names)]
-    rows += [('all', [len(images) for images in lists.values()]),
-             ('with a mask', [len(masks.keys() & set(images)) for images in lists.values()])]
-    for name, counts in [('images per class', lists), *rows]:
-        print(f'{name:24}' + ''.join(f'{count:>8}' for count in counts))
+    write_root(args.out, MARKER, files, labels, class_names, {'train': train, 'val': val}, args.copy)
+    print(f'{"images per class":24}{"train":>8}{"val":>8}')
+    for c, name in enumerate(class_names):
+        print(f'{name:24}' + ''.join(f'{sum(labels[image][c] for image in images):8.0f}' for images in (train, val)))
+    print(f'{"all":24}{len(train):8}{len(val):8}')
+    print(f'{"with a mask":24}{len(masks.keys() & set(train)):8}{len(masks.keys() & set(val)):8}')
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])

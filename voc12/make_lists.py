@@ -3,8 +3,9 @@
     python voc12/make_lists.py --voc12_root VOC2012 --sbd_root benchmark_RELEASE
     python voc12/make_lists.py --voc12_root VOC2012 --seg_aug SegmentationClassAug
 
-A line is `/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`, the form that other weakly supervised code reads
-too; the code here uses the first column only. Lines are sorted by name.
+Writes train.txt, val.txt, test.txt (where the devkit has it) and train_aug.txt, and says of each whether it is the list
+that SEAM used. A line is `/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`, the form that other weakly supervised
+code reads too; the code here uses the first column only. Lines are sorted by name.
 """
 import argparse
 import os
@@ -16,47 +17,40 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
 from voc12.canonical import CANONICAL, compare_names
 from voc12.data_root import write_lines
-from voc12.lists import ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, first_five, get_img_path, read_names, stems
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, LIST_FOLDER, first_five, get_img_path, read_names,
+                         read_sbd, stems)
 
 ONE_COLUMN = ('test', 'all_annotated')      # lists of images that have no mask, or not all of them
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description='Writes train.txt, val.txt, test.txt (where the devkit has it) and train_aug.txt, and says of each '
-                    'whether it is the list that SEAM used.')
-    parser.add_argument('--voc12_root', default='VOC2012', type=str,
-                        help='folder VOC2012 of the devkit (default: %(default)s)')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit (default: %(default)s)')
     source = parser.add_mutually_exclusive_group()
-    source.add_argument('--sbd_root', default=None, type=str,
-                        help='folder benchmark_RELEASE of SBD, or the folder dataset in it: train_aug is VOC train '
-                             'plus SBD train and val, minus VOC val')
-    source.add_argument('--seg_aug', default=None, type=str,
-                        help='folder with the PNG masks of the augmented set, relative to the working directory or to '
-                             '--voc12_root: train_aug is VOC train plus every mask, minus VOC val')
+    source.add_argument('--sbd_root', help='folder benchmark_RELEASE of SBD, or the folder dataset in it: train_aug is '
+                                           'VOC train plus SBD train and val, minus VOC val')
+    source.add_argument('--seg_aug', help='folder with the PNG masks of the augmented set, relative to the working '
+                                          'directory or to --voc12_root: train_aug is VOC train plus every mask, minus '
+                                          'VOC val')
     parser.add_argument('--all_annotated', action='store_true',
                         help='write all_annotated.txt too: every image with an XML annotation, minus VOC val and test; '
                              'more images than SEAM trained on, so results are not comparable')
-    parser.add_argument('--out_dir', default=os.path.dirname(os.path.abspath(__file__)), type=str,
+    parser.add_argument('--out_dir', default=os.path.dirname(os.path.abspath(__file__)),
                         help='folder for the lists (default: the folder of this script)')
     return parser
 
 
-def read_sbd(sbd_root):
-    """Set of the names in SBD's train.txt and val.txt."""
-    check_dir(sbd_root, '--sbd_root')
-    inner = os.path.join(sbd_root, 'dataset')
-    folder = inner if os.path.isdir(inner) else sbd_root
-    names = read_names(os.path.join(folder, 'train.txt'), '--sbd_root')
-    names |= read_names(os.path.join(folder, 'val.txt'), '--sbd_root')
-    if os.path.isdir(os.path.join(folder, 'cls')):
-        missing = sorted(names - stems(os.path.join(folder, 'cls'), '.mat', '--sbd_root'))
-        if missing:
-            print(f'warning: {len(missing)} names of SBD without a mask in {folder}/cls: {first_five(missing)}')
+def names_of_sbd(sbd_root):
+    """Set of the names in SBD's lists."""
+    folder, names = read_sbd(sbd_root)
+    masks = os.path.join(folder, 'cls')
+    missing = sorted(names - stems(masks, '.mat', '--sbd_root')) if os.path.isdir(masks) else []
+    if missing:
+        print(f'warning: {len(missing)} names of SBD without a mask in {masks}: {first_five(missing)}')
     return names
 
 
-def read_seg_aug(seg_aug, voc12_root):
+def names_of_masks(seg_aug, voc12_root):
     """Set of the names of the PNG masks in the folder `seg_aug`."""
     folder = seg_aug if os.path.isdir(seg_aug) else os.path.join(voc12_root, seg_aug)
     return stems(folder, '.png', '--seg_aug')
@@ -64,47 +58,42 @@ def read_seg_aug(seg_aug, voc12_root):
 
 def collect_lists(args):
     """dict list name -> set of image names, everything that the sources allow."""
-    split_dir = os.path.join(args.voc12_root, 'ImageSets', 'Segmentation')
-    check_dir(split_dir, '--voc12_root')
-    lists = {key: read_names(os.path.join(split_dir, key + '.txt'), '--voc12_root') for key in ('train', 'val')}
-    if os.path.isfile(os.path.join(split_dir, 'test.txt')):
-        lists['test'] = read_names(os.path.join(split_dir, 'test.txt'), '--voc12_root')
+    folder = os.path.join(args.voc12_root, LIST_FOLDER)
+    lists = {key: read_names(os.path.join(folder, key + '.txt'), '--voc12_root') for key in ('train', 'val')}
+    if os.path.isfile(os.path.join(folder, 'test.txt')):
+        lists['test'] = read_names(os.path.join(folder, 'test.txt'), '--voc12_root')
     else:
-        print(f'test.txt not written: {split_dir} has no test.txt (it comes with the test part of the devkit)')
+        print(f'test.txt not written: {folder} has no test.txt (it comes with the test part of the devkit)')
 
     if args.sbd_root:
-        lists['train_aug'] = (read_sbd(args.sbd_root) | lists['train']) - lists['val']
+        lists['train_aug'] = (names_of_sbd(args.sbd_root) | lists['train']) - lists['val']
     elif args.seg_aug:
-        lists['train_aug'] = (read_seg_aug(args.seg_aug, args.voc12_root) | lists['train']) - lists['val']
+        lists['train_aug'] = (names_of_masks(args.seg_aug, args.voc12_root) | lists['train']) - lists['val']
     else:
-        found = os.path.isdir(os.path.join(args.voc12_root, AUG_GT_FOLDER))
-        print('train_aug.txt not written: it needs --sbd_root (the SBD release) or --seg_aug (its masks as PNG)'
-              + (f'; there are masks for --seg_aug {AUG_GT_FOLDER}' if found else ''))
+        print('train_aug.txt not written: it needs --sbd_root (the SBD release) or --seg_aug (its masks as PNG)')
+        if os.path.isdir(os.path.join(args.voc12_root, AUG_GT_FOLDER)):
+            print(f'there are masks for --seg_aug {AUG_GT_FOLDER}')
     if args.all_annotated:
         annotated = stems(os.path.join(args.voc12_root, ANNOT_FOLDER), '.xml', '--voc12_root')
         images = {name for name in annotated if os.path.isfile(get_img_path(name, args.voc12_root))}
         lists['all_annotated'] = images - lists['val'] - lists.get('test', set())
     for key, names in lists.items():
         if not names:
-            raise BadInput(f'nothing is left for {key}.txt: check {split_dir} and {ANNOT_FOLDER} (--voc12_root)')
+            raise BadInput(f'nothing is left for {key}.txt: check {folder} and {ANNOT_FOLDER} (--voc12_root)')
     return lists
 
 
-def write_list(path, names, with_mask):
-    """names: sorted list. with_mask: whether the second column is written."""
-    lines = [f'/{IMG_FOLDER}/{name}.jpg' + (f' /{AUG_GT_FOLDER}/{name}.png' if with_mask else '') for name in names]
-    write_lines(path, lines)
-
-
 def main(args):
-    check_dir(args.voc12_root, '--voc12_root')
     check_dir(os.path.join(args.voc12_root, IMG_FOLDER), '--voc12_root')
     lists = collect_lists(args)      # all of them before the first is written: an error leaves the old ones
     make_dir(args.out_dir, '--out_dir')
     for key, names in lists.items():
         names = sorted(names)
         path = os.path.join(args.out_dir, key + '.txt')
-        write_list(path, names, with_mask=key not in ONE_COLUMN)
+        lines = [f'/{IMG_FOLDER}/{name}.jpg' for name in names]
+        if key not in ONE_COLUMN:
+            lines = [f'{line} /{AUG_GT_FOLDER}/{name}.png' for line, name in zip(lines, names)]
+        write_lines(path, lines)
         verdict = compare_names(names, key) if key in CANONICAL else 'a list that SEAM did not use'
         print(f'{path}: {len(names)} names, {verdict}')
         missing = [name for name in names if not os.path.isfile(get_img_path(name, args.voc12_root))]

@@ -24,21 +24,17 @@ from tool.files import atomic_write
 from tool.image_files import IGNORE, read_label_map, save_label_map
 from tool.workers import parallel_map
 from voc12.canonical import compare_names
-from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, read_names, stems
+from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, LIST_FOLDER, read_names, read_sbd, stems
 
 NUM_CLASSES = len(CAT_LIST)        # SBD has VOC's classes, in VOC's order
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        description='Writes the masks of the augmented training set as PNG, from SBD and, where they exist, from '
-                    'VOC; says whether they are those of the images that SEAM used.')
-    parser.add_argument('--sbd_root', required=True, type=str,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--sbd_root', required=True,
                         help='folder benchmark_RELEASE of SBD, or the folder dataset in it')
-    parser.add_argument('--voc12_root', default='VOC2012', type=str,
-                        help='folder VOC2012 of the devkit (default: %(default)s)')
-    parser.add_argument('--out', default=None, type=str,
-                        help=f'folder for the masks (default: {AUG_GT_FOLDER} in --voc12_root)')
+    parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit (default: %(default)s)')
+    parser.add_argument('--out', help=f'folder for the masks (default: {AUG_GT_FOLDER} in --voc12_root)')
     parser.add_argument('--num_workers', default=8, type=int,
                         help='processes, at most one a core; 0 works in the main one (default: %(default)s)')
     parser.add_argument('--resume', action='store_true',
@@ -50,16 +46,11 @@ def get_args_parser():
 def collect_sources(voc12_root, sbd_root):
     """Returns (dict image name -> path of its mask, a .png of VOC or a .mat of SBD; set of the names of VOC val).
     Raises BadInput where masks are missing."""
-    check_dir(sbd_root, '--sbd_root')
-    inner = os.path.join(sbd_root, 'dataset')
-    dataset = inner if os.path.isdir(inner) else sbd_root
-    split_dir = os.path.join(voc12_root, 'ImageSets', 'Segmentation')
-    check_dir(split_dir, '--voc12_root')
+    dataset, sbd = read_sbd(sbd_root)
+    train, val = (read_names(os.path.join(voc12_root, LIST_FOLDER, key + '.txt'), '--voc12_root')
+                  for key in ('train', 'val'))
+    voc = train | val
     gt_dir, cls_dir = os.path.join(voc12_root, GT_FOLDER), os.path.join(dataset, 'cls')
-
-    val = read_names(os.path.join(split_dir, 'val.txt'), '--voc12_root')
-    voc = read_names(os.path.join(split_dir, 'train.txt'), '--voc12_root') | val
-    sbd = set().union(*(read_names(os.path.join(dataset, key + '.txt'), '--sbd_root') for key in ('train', 'val')))
     official = stems(gt_dir, '.png', '--voc12_root')
     missing = sorted((voc | sbd - stems(cls_dir, '.mat', '--sbd_root')) - official)
     if missing:

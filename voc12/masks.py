@@ -40,5 +40,7 @@ def ground_truth_warnings(gt_dir, names, class_names):
         with contextlib.suppress(BadInput):
             forms.append(mask_form(os.path.join(gt_dir, names[index] + '.png')))
     odd = sum(not official for _, official in forms)
-    return [f"{odd} of {len(forms)} masks looked at in {gt_dir} (--gt_dir) are not indexed images in VOC's "
-            f'colours: {NOT_OFFICIAL}'] if odd else []
+    if not odd:
+        return []
+    return [f"{odd} of {len(forms)} masks looked at in {gt_dir} (--gt_dir) are not indexed images in VOC's colours: "
+            f'{NOT_OFFICIAL}']
