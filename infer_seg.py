@@ -48,7 +48,7 @@ def write_results(prob, img, label_path, prob_path, crf, backend, device):
     prob: float32 (1+C, H, W); img: float32 (H, W, 3), normalised; a path is None for what is not asked for.
     """
     if crf:
-        orig_img = imutils.denormalize(imutils.HWC_to_CHW(img))         # a tenth of the values end 1 lower, as published
+        orig_img = imutils.denormalize(imutils.HWC_to_CHW(img))     # a tenth of the values end 1 lower, as published
         prob = crf_inference(orig_img, prob, CRF_STEPS, kernels=CRF_KERNELS, backend=backend, device=device)
     if label_path:
         save_label_map(label_path, prob.argmax(axis=0))

@@ -58,8 +58,8 @@ class Network(nn.Module):
                 module.p *= dropout
 
     def load_pretrained(self):
-        """Loads the ImageNet weights that come with the backbone, for a training without --weights. Returns whether there
-        are any; ResNet38 has none. Raises BadInput where they cannot be had."""
+        """Loads the ImageNet weights that come with the backbone, for a training without --weights. Returns whether
+        there are any; ResNet38 has none. Raises BadInput where they cannot be had."""
         return False
 
     def rename_pretrained(self, weights):

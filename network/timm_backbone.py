@@ -63,7 +63,7 @@ class TimmBackbone(Network):
         self.register_buffer('shift', (torch.tensor(MEAN).view(3, 1, 1) - mean) / std, persistent=False)
 
     def layers_until(self, first):
-        """The layers of the body, in their order, up to the end of the module `first`, which timm may call a_b for a.b."""
+        """The layers of the body, in their order, up to the end of the module `first`; timm may say a_b for a.b."""
         names = [name for name, _ in self.body.named_modules()]
         first = first if first in names else first.replace('.', '_')
         last = max(i for i, name in enumerate(names) if name == first or name.startswith(first + '.'))

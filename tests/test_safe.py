@@ -405,6 +405,6 @@ def test_fuzzer_finds_what_pickle_runs(tmp_path):
               "fuzz.TARGETS['npy'] = (lambda: [fuzz.npy_bytes({})[:128] + fuzz.hostile_pickles()[0]],\n"
               "                       lambda path: numpy.load(path, allow_pickle=True))\n"
               "fuzz.fuzz('npy', 20, 0, os.getcwd())\n")
-    done = subprocess.run([sys.executable, '-c', script], cwd=os.path.join(ROOT, 'tests', 'by_hand'), capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, '-c', script], cwd=os.path.join(ROOT, 'tests', 'by_hand'),
+                          capture_output=True, text=True)
     assert done.returncode == 1 and 'something ran' in done.stderr and 'system' in done.stderr, done.stderr

@@ -259,7 +259,8 @@ def test_probabilities_and_labels(test_net, tmp_path, name):
     g = golden('g15_retrain_test')
     passes = []
     hook = test_net.register_forward_hook(lambda _, args, out: passes.append((list(args[0].shape), out.numpy())))
-    prob = multi_scale_probability(test_net, imutils.normalize(np.asarray(read(name), np.float32)), g['scales'].tolist())
+    img = imutils.normalize(np.asarray(read(name), np.float32))
+    prob = multi_scale_probability(test_net, img, g['scales'].tolist())
     hook.remove()
     assert [shape for shape, _ in passes] == g[name + ':input_shapes'].tolist()
     for k, (_, out) in enumerate(passes):
@@ -267,7 +268,6 @@ def test_probabilities_and_labels(test_net, tmp_path, name):
     close(prob[:, ::4, ::4], g[name + ':prob_sub4'], 1e-4)
     assert (prob.argmax(axis=0) != g[name + ':prob_argmax']).sum() <= 3
 
-    img = imutils.normalize(np.asarray(read(name), np.float32))
     assert (imutils.denormalize(imutils.HWC_to_CHW(img)) == g[name + ':crf_image']).all()
     label_path, prob_path = str(tmp_path / 'a.png'), str(tmp_path / 'a.npy')
     write_results(prob, img, label_path, prob_path, True, 'pydensecrf', 'cpu')

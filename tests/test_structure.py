@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from test_scripts import refused, run, shell
 
-SCRIPTS = ('train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'evaluation')
+SCRIPTS = ('train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'train_seg', 'infer_seg', 'evaluation')
 # what a folder may import of ours; the scripts may import all three
 ALLOWED = {'tool': {'tool'}, 'network': {'tool', 'network'}, 'voc12': {'tool', 'voc12'}}
 
@@ -45,7 +45,9 @@ def parser_of(script):
 
 
 def test_shared_flags_have_one_default():
-    differ_on_purpose = {'--network', '--session_name', '--infer_list', '--resume'}     # training resumes from a file
+    # training resumes from a file; the recipes of retraining, its test protocol and its CRF are others
+    differ_on_purpose = {'--network', '--session_name', '--infer_list', '--resume', '--batch_size', '--lr',
+                         '--momentum', '--scales', '--crf'}
     seen = {}
     for script in SCRIPTS:
         for action in parser_of(script)._actions:
@@ -71,6 +73,9 @@ REFERENCE_DEFAULTS = {
                       session_name='resnet38_aff', crop_size=448, voc12_root='VOC2012'),
     'infer_aff': dict(network='network.resnet38_aff', infer_list='voc12/val.txt', num_workers=8, voc12_root='VOC2012',
                       alpha=6, out_rw='out_rw', beta=8, logt=6, crf=False),
+    'train_seg': dict(batch_size=10, max_iters=20000, lr=0.001, momentum=0.9, wt_dec=5e-4, crop_size=448,
+                      scale_range=[0.5, 1.5], hsv=[10, 10, 10], network='network.resnet38_deeplab', freeze_bn=False),
+    'infer_seg': dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=1, crf='on', infer_list='voc12/val.txt'),
     'evaluation': dict(list='./VOC2012/ImageSets/Segmentation/train.txt', predict_dir='./out_rw',
                        gt_dir='./VOC2012/SegmentationClass', logfile='./evallog.txt', type='png', t=None, curve=False),
 }
@@ -83,7 +88,8 @@ def test_defaults_of_the_reference(script):
 
 
 REQUIRED = {'train_SEAM': set(), 'infer_SEAM': set(), 'train_aff': {'la_crf_dir', 'ha_crf_dir'},
-            'infer_aff': {'weights', 'cam_dir'}, 'evaluation': {'comment'}}
+            'infer_aff': {'weights', 'cam_dir'}, 'train_seg': {'label_dir'}, 'infer_seg': {'weights'},
+            'evaluation': {'comment'}}
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -113,6 +119,8 @@ NOT_THERE = {
     'infer_SEAM': '--out_cam cam --weights nowhere.pth',
     'train_aff': '--la_crf_dir . --ha_crf_dir nowhere',
     'infer_aff': '--cam_dir . --weights nowhere.pth',
+    'train_seg': '--label_dir . --train_list nowhere.txt',
+    'infer_seg': '--out_seg seg --weights nowhere.pth',
     'evaluation': '--comment x --predict_dir . --gt_dir . --list nowhere.txt',
     'tool/report': 'table --logfile nowhere.log',
     'tool/tables': '--list nowhere.txt',

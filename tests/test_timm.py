@@ -65,8 +65,8 @@ def test_image_gets_the_mean_and_deviation_of_the_model():
 @needs_timm
 @needs_lite0
 def test_chain_from_the_weights_of_the_lite0_package(data, capsys):
-    out = done(train(data, 'train_SEAM', 'network.timm_SEAM', '--resize_long', 64, 80, '--fit_classifier', '--scale_factor',
-                     .5, '--session_name', 'seam'))
+    out = done(train(data, 'train_SEAM', 'network.timm_SEAM', '--resize_long', 64, 80, '--fit_classifier',
+                     '--scale_factor', .5, '--session_name', 'seam'))
     assert 'efficientnet-lite0-57934424.pth' in out and 'new, randomly initialised: fc8.weight' in out
     infer = '--infer_list', LIST, '--num_workers', 0
     done(run(data, 'infer_SEAM', '--network', 'network.timm_SEAM', '--weights', 'seam.pth', *infer, '--scales', 1,
@@ -100,7 +100,8 @@ def test_state_dict_of_the_whole_model_is_a_start(data, tmp_path, backbone):
     done(train(data, 'train_SEAM', 'network.timm_SEAM', '--backbone', backbone, '--weights', tmp_path / 'model.pth',
                '--resize_long', 64, 80, '--lr', 0, '--scale_factor', .5, '--session_name', tmp_path / 'seam'))
     trained = torch.load(tmp_path / 'seam.pth', weights_only=True)
-    expected = [value for name, value in model.state_dict().items() if name.startswith(('layer4.1', 'stages.3.blocks.1'))]
+    last = 'layer4.1', 'stages.3.blocks.1'
+    expected = [value for name, value in model.state_dict().items() if name.startswith(last)]
     got = [value for name, value in trained.items() if name.startswith(('body.layer4.1', 'body.stages_3.blocks.1'))]
     assert len(got) == len(expected) > 5 and all(torch.equal(a, b) for a, b in zip(got, expected))
 

@@ -31,8 +31,10 @@ from tool.outputs import SETTINGS, read_settings
 from tool.report import read_csv, write_csv, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+GT_FOLDER = 'SegmentationClass'
 
-# train, infer: flags of train_SEAM.py and infer_SEAM.py. scored: the CAMs, their CRF at an alpha, or the walk
+# train, infer: flags of train_SEAM.py and infer_SEAM.py. scored: the CAMs, their CRF at an alpha, the walk, or on
+# --val_list a network retrained on the walk's labels or on ground truth
 Row = collections.namedtuple('Row', 'table name train infer scored', defaults=('', '', 'cam'))
 BASELINE = '--classifier_only', '--map cam'
 HEADER = ('**Table: {}**\n\n| row | seeds | best background score | plateau | mIoU | mFP | mFN | published mIoU |\n'
@@ -44,15 +46,17 @@ COLUMNS = ['table', 'row', 'seed', 'list', 'images', 'background_score', 'platea
 # alpha turns out best would flatter this code
 PUBLISHED = {(*BASELINE, 'cam'): '47.43', ('', '', 'cam'): '55.41', ('', '', 'crf_4.0'): '56.83 (alpha not stated)',
              ('', '', 'walk'): '63.61'}
-PAPER_FLAGS = 'network', 'network_aff', 'scales', 'alphas', 'mean_classes'      # these numbers need their defaults
+PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_classes'   # these numbers need defaults
 FREE_FLAGS = 'table', 'rows', 'seeds', 'resume', 'out', 'voc12_root', 'num_workers', 'device'   # may change on resume
-SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device'             # of all scripts with a network
+SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone'     # of all scripts with a network
 
 # defaults with --toy: the demo's; the affinity network needs larger crops than SEAM on such small images
 TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff',
-       'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0], 'num_workers': 1,
+       'network_seg': 'network.slim_deeplab', 'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0],
+       'num_workers': 1,
        'train': '--resize_long 64 112 --crop_size 64', 'train_aff': '--crop_size 128 --momentum 0.9 --max_epochs 5',
-       'walk': '--alpha 4 --beta 16 --logt 4'}
+       'walk': '--alpha 4 --beta 16 --logt 4',
+       'train_seg': '--crop_size 128 --batch_size 8 --max_iters 150 --lr 0.005', 'seg': '--scales 0.5 0.75 1'}
 
 
 def list_rows(scales, alphas):
@@ -64,6 +68,8 @@ def list_rows(scales, alphas):
         Row('1', '+ hard-example mining (SEAM)'),
         *(Row('1', f'+ CRF, alpha {alpha:.1f}', scored=f'crf_{alpha:.1f}') for alpha in alphas),
         Row('1', 'random walk', scored='walk'),
+        Row('retrain', 'retrained', scored='seg'),
+        Row('retrain', 'retrained on ground truth', scored='seg_truth'),
         Row('refinement', 'CAM', *BASELINE),
         Row('refinement', 'gradcam', '--classifier_only', '--map gradcam'),
         Row('refinement', 'gradcam++', '--classifier_only', '--map gradcam++'),
@@ -134,7 +140,9 @@ def infer(args, script, names, *flags):
 def make_toy(args):
     """Drawings, and a classifier pretrained on them in place of ImageNet's."""
     args.voc12_root, session = result_path(args, 'toy'), result_path(args, 'pretrained')
-    args.list = args.train_list = os.path.join(args.voc12_root, 'ImageSets', 'Segmentation', 'train.txt')
+    lists = os.path.join(args.voc12_root, 'ImageSets', 'Segmentation')
+    args.list = args.train_list = os.path.join(lists, 'train.txt')
+    args.val_list = os.path.join(lists, 'val.txt')
     if not (args.resume and os.path.isfile(args.list)):
         run('voc12/make_toy.py', '--out', args.voc12_root, '--size', 192, 224, *pass_on(args, 'count', 'seed'),
             *(pass_on(args, 'class_names') or ['--classes', 4]))
@@ -160,8 +168,8 @@ def make_crfs(args, names):
           '--crf_alpha', *args.alphas)
 
 
-def make_walk(args):
-    """Steps 4 and 5: AffinityNet, trained on the CRFs at the lowest and the highest alpha, and the random walk."""
+def make_aff(args):
+    """Step 4: AffinityNet, trained on the CRFs at the lowest and the highest alpha. Returns its weights."""
     make_crfs(args, args.list)
     to_score = set(load_img_name_list(args.list))
     others = [name for name in load_img_name_list(args.train_list) if name not in to_score]
@@ -171,26 +179,45 @@ def make_walk(args):
         make_crfs(args, names)
     low, high = (result_path(args, f'crf_{alpha:.1f}') for alpha in (args.alphas[0], args.alphas[-1]))
     aff = argparse.Namespace(network=args.network_aff, weights=args.weights_aff)
-    weights = train(args, 'train_aff.py', result_path(args, 'aff'), *pass_on(aff, 'network', 'weights'),
-                    '--la_crf_dir', low, '--ha_crf_dir', high, *args.train_aff)
-    infer(args, 'infer_aff.py', args.list, *pass_on(aff, 'network'), '--weights', weights,
-          '--cam_dir', make_cams(args, args.list), '--out_rw', result_path(args, 'walk'), *args.walk)
+    return train(args, 'train_aff.py', result_path(args, 'aff'), *pass_on(aff, 'network', 'weights'),
+                 '--la_crf_dir', low, '--ha_crf_dir', high, *args.train_aff)
+
+
+def make_walk(args, names):
+    """Step 5: returns the folder of the pseudo labels of a list."""
+    folder = result_path(args, 'walk')
+    infer(args, 'infer_aff.py', names, '--network', args.network_aff, '--weights', make_aff(args),
+          '--cam_dir', make_cams(args, names), '--out_rw', folder, *args.walk)
+    return folder
+
+
+def make_segmentation(args, folder, labels):
+    """Steps 7 and 8: a segmentation network trained on the label maps of a folder, and its own of --val_list."""
+    seg = argparse.Namespace(network=args.network_seg, weights=args.weights_aff)
+    weights = train(args, 'train_seg.py', folder + '_net', *pass_on(seg, 'network', 'weights'), '--label_dir', labels,
+                    *args.train_seg)
+    resume = ['--resume'] if args.resume else []
+    run('infer_seg.py', *pass_on(args, *SHARED_FLAGS), *pass_on(seg, 'network'), '--weights', weights, '--infer_list',
+        args.val_list, '--out_seg', folder, *args.seg, *resume)
 
 
 def score(args, row):
     """Makes what a row needs and evaluates it. Returns the dict of its _result.csv."""
+    folder, truth = result_path(args, row.scored, row.train, row.infer), os.path.join(args.voc12_root, GT_FOLDER)
+    names, kind = args.list, ['png']
     if row.scored == 'walk':
-        make_walk(args)
-        kind = ['png']
+        make_walk(args, args.list)
+    elif row.scored.startswith('seg'):
+        names = args.val_list
+        make_segmentation(args, folder, truth if row.scored == 'seg_truth' else make_walk(args, args.train_list))
     elif row.scored == 'cam':
         make_cams(args, args.list, row.train, row.infer)
         kind = ['npy', '--curve', 'True']
     else:
         make_crfs(args, args.list)
         kind = ['crf']
-    folder = result_path(args, row.scored, row.train, row.infer)
-    run('evaluation.py', *pass_on(args, 'list', 'num_workers', 'class_names', 'mean_classes'), '--type', *kind,
-        '--gt_dir', os.path.join(args.voc12_root, 'SegmentationClass'), '--predict_dir', folder, '--out_prefix', folder,
+    run('evaluation.py', *pass_on(args, 'num_workers', 'class_names', 'mean_classes'), '--list', names, '--type', *kind,
+        '--gt_dir', truth, '--predict_dir', folder, '--out_prefix', folder,
         '--logfile', os.path.join(args.out, 'evallog.txt'), '--comment', os.path.relpath(folder, args.out))
     return read_csv(folder + '_result.csv')[0]
 
@@ -239,8 +266,9 @@ def write_tables(records, args):
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what to do
-    parser.add_argument('--table', default=['1'], nargs='+', help='1, refinement, activation, scale, transform, or all',
-                        choices=['1', 'refinement', 'activation', 'scale', 'transform', 'all'])
+    parser.add_argument('--table', default=['1'], nargs='+',
+                        help='1, refinement, activation, scale, transform; all, of these; or retrain',
+                        choices=['1', 'retrain', 'refinement', 'activation', 'scale', 'transform', 'all'])
     parser.add_argument('--rows', nargs='+', metavar='TEXT', help='only rows whose name has one of these texts in it')
     parser.add_argument('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
     parser.add_argument('--toy', action='store_true', help="the demo's drawings, networks and settings as defaults")
@@ -251,12 +279,16 @@ def get_args_parser():
     parser.add_argument('--voc12_root', default='VOC2012', help='data root')
     parser.add_argument('--train_list', default='voc12/train_aug.txt', help='images to train on')
     parser.add_argument('--list', help='images to score; not given: ImageSets/Segmentation/train.txt of the data root')
+    parser.add_argument('--val_list', help='images to score retrained networks on, which they have not trained on; not '
+                                           'given: ImageSets/Segmentation/val.txt of the data root')
     parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     parser.add_argument('--cls_labels', help='image-level labels')
     parser.add_argument('--mean_classes', nargs='+', metavar='NAME', help='average over these, see evaluation.py')
     # networks and settings
     parser.add_argument('--network', default='network.resnet38_SEAM', help='of SEAM')
     parser.add_argument('--network_aff', default='network.resnet38_aff', help='of AffinityNet')
+    parser.add_argument('--network_seg', default='network.resnet38_deeplab', help='of the retrained network')
+    parser.add_argument('--backbone', help='model of timm, where these networks are of timm')
     parser.add_argument('--weights', default='ilsvrc-cls_rna-a1_cls1000_ep-0001.params', nargs='?',
                         help='what training starts from; without a value none is named, for networks that bring theirs')
     parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+', help='test scales')
@@ -270,6 +302,8 @@ def get_args_parser():
     more('--train_aff', help='for train_aff.py')
     more('--infer', help='for infer_SEAM.py and infer_aff.py')
     more('--walk', help='for infer_aff.py')
+    more('--train_seg', help='for train_seg.py')
+    more('--seg', help='for infer_seg.py')
     return parser
 
 
@@ -280,15 +314,18 @@ def parse_args():
     if args.toy:
         parser.set_defaults(**TOY)
         args = parser.parse_args()
-    elif args.list is None:
-        args.list = os.path.join(args.voc12_root, 'ImageSets', 'Segmentation', 'train.txt')
+    else:
+        lists = os.path.join(args.voc12_root, 'ImageSets', 'Segmentation')
+        args.list = args.list or os.path.join(lists, 'train.txt')
+        args.val_list = args.val_list or os.path.join(lists, 'val.txt')
     args.alphas = sorted(args.alphas)
     return args
 
 
 def choose_rows(args):
     """The rows that are asked for. Raises BadInput."""
-    chosen = [row for row in list_rows(args.scales, args.alphas) if row.table in args.table or 'all' in args.table]
+    chosen = [row for row in list_rows(args.scales, args.alphas) if row.table in args.table
+              or ('all' in args.table and row.table != 'retrain')]
     for text in args.rows or ():
         if not any(text in row.name for row in chosen):
             raise BadInput(f'--rows {text}: no such row of --table {" ".join(args.table)}; there are '
@@ -320,9 +357,9 @@ def check_args(args):
         if len(set(values)) < len(values):
             raise BadInput(f'--{name} {" ".join(map(str, values))}: each only once')
     if not args.toy:
-        for name in ('list', 'train_list'):
+        for name in ['list', 'train_list'] + ['val_list'] * ('retrain' in args.table):
             load_img_name_list(getattr(args, name), '--' + name)
-        check_dir(os.path.join(args.voc12_root, 'SegmentationClass'), '--voc12_root')
+        check_dir(os.path.join(args.voc12_root, GT_FOLDER), '--voc12_root')
         if args.weights:
             check_file(args.weights, '--weights')
 
