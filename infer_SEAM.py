@@ -205,8 +205,8 @@ def make_dataset(args, class_names):
 
 
 def load_network(args, num_classes, device):
-    net = import_network(args.network, 'PCM', args.backbone)(num_classes=num_classes,
-                                                  pcm=args.pcm == 'on' and args.map == 'cam_rv')
+    net = import_network(args.network, 'PCM', args.backbone)(
+        num_classes=num_classes, pcm=args.pcm == 'on' and args.map == 'cam_rv')
     load_weights(net, args.weights)
     # faster on a CPU, by a fifth; not measured on GPUs
     layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format

@@ -200,8 +200,8 @@ def get_args_parser():
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
     parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights that timm has '
-                                          'for its models, else random')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights '
+                                          'that timm has for its models, else random')
     parser.add_argument('--reset_head', action='store_true',
                         help='start with a new classifier layer, where --weights were trained on other classes')
     parser.add_argument('--fit_classifier', action='store_true',

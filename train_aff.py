@@ -65,8 +65,8 @@ def get_args_parser():
     # network
     parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
     parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights that timm has '
-                                          'for its models, else random')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights '
+                                          'that timm has for its models, else random')
     # optimisation
     parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
     parser.add_argument('--accum', default=1, type=int,

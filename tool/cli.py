@@ -117,8 +117,8 @@ def import_network(name, attribute, backbone=None):
     if backbone is None:
         return net
     if not hasattr(net, 'layers_until'):
-        raise BadInput(f'--backbone {backbone}: {name} (--network) has a backbone of its own; network.timm_SEAM and the '
-                       'like take one')
+        raise BadInput(f'--backbone {backbone}: {name} (--network) has a backbone of its own; network.timm_SEAM and '
+                       'the like take one')
     return functools.partial(net, backbone=backbone)
 
 
