@@ -22,6 +22,7 @@ from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
 
 LARGE_VIEW = 3 * 360 * 360      # numbers; batching a larger view with its mirror needs twice the memory, no less time
+MEMORY_HELP = 'smaller --scales, --amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf'
 
 
 def grad_cam(net, x, plus):
@@ -204,8 +205,8 @@ def make_dataset(args, class_names):
 
 
 def load_network(args, num_classes, device):
-    net = import_network(args.network, 'PCM', args.backbone)(num_classes=num_classes,
-                                                  pcm=args.pcm == 'on' and args.map == 'cam_rv')
+    net = import_network(args.network, 'PCM', args.backbone)(
+        num_classes=num_classes, pcm=args.pcm == 'on' and args.map == 'cam_rv')
     load_weights(net, args.weights)
     # faster on a CPU, by a fifth; not measured on GPUs
     layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
@@ -213,7 +214,8 @@ def load_network(args, num_classes, device):
 
 
 def result_folders(args, class_names):
-    """The ResultFolders of the CAMs, the label maps (None for what is not asked for), and each CRF alpha (a list)."""
+    """The ResultFolders of the CAMs, the label maps (None for what is not asked for), and each CRF alpha (a list).
+    Their settings are all that the files depend on; the CRF backend is not among them: both give the same scores."""
     if args.cam_dir:
         settings = describe_folder(args.cam_dir, 'cam_dir')
     else:
@@ -230,7 +232,7 @@ def result_folders(args, class_names):
         label_folder = ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png',
                                     {**settings, 'background_score': args.out_cam_pred_alpha})
     crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
-                                {**of_dicts, 'alpha': alpha, 'crf': crf.describe_crf()})      # the backends are equal
+                                {**of_dicts, 'alpha': alpha, 'crf': crf.describe_crf()})
                    for alpha in alphas]
     return cam_folder, label_folder, crf_folders
 
@@ -250,20 +252,22 @@ def main(args):
     device = get_device(args.device, args.tf32)
     backend = crf.choose_crf_backend(args.crf_backend) if args.out_crf else None
     dataset = make_dataset(args, class_names)
+    if args.cam_dir and args.on_error == 'stop':        # better now than after hours
+        score_files.check_scores(args.cam_dir, dataset.img_name_list, '--cam_dir')
     net = None if args.cam_dir else load_network(args, len(class_names), device)
 
     # ----- outputs -----
     cam_folder, label_folder, crf_folders = result_folders(args, class_names)
     folders = [folder for folder in (cam_folder, label_folder, *crf_folders) if folder]
-    rank, ranks = get_rank()        # the list is shared out first: ranks look at different times at what is finished
+    rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
     todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume, [args.cam_dir])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == 'cuda')
-    errors = Errors(args.on_error, 'smaller --scales, --amp bf16; for the CRF on a GPU --crf_backend pydensecrf')
-    space = SpaceCheck(len(todo))
+    errors = Errors(args.on_error, MEMORY_HELP)
+    space = SpaceCheck(folders, todo)
 
     # ----- inference -----
     with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
@@ -276,7 +280,8 @@ def main(args):
                     cam_dict = score_files.load_cams(args.cam_dir, name, orig_img.shape[:2], len(class_names))
                 else:
                     orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
-                    cam_dict = compute_cams(net, *item, orig_img.shape[:2], args, device)
+                    _, views, label = item
+                    cam_dict = compute_cams(net, name, views, label, orig_img.shape[:2], args, device)
                 if cam_folder:
                     score_files.save_scores(cam_folder.file(name), cam_dict, args.cam_dtype)
                 if label_folder:
@@ -289,12 +294,12 @@ def main(args):
                     paths = [folder.file(name) for folder in crf_folders]
                     pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, paths, args.cam_dtype, backend, device,
                                 name=name)
-                space.add([folder.file(name) for folder in folders])
+                space.count_image()
     for index, folder in enumerate(crf_folders):
         warn_of_background([shares[index] for shares in pool.results], folder.path, '--crf_alpha')
     sys.exit(errors.report())
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input():
+    with exit_on_bad_input(MEMORY_HELP):
         main(get_args_parser().parse_args())

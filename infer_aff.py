@@ -1,5 +1,6 @@
 """Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
 import argparse
+import functools
 import os
 import sys
 import warnings
@@ -24,6 +25,7 @@ from voc12.data import STRIDE, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
 
 CRF_ITERATIONS = 1
+MEMORY_HELP = '--amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf'
 
 
 def class_scores(cam_dict, alpha, size):
@@ -75,23 +77,29 @@ def crf_disagreement(name, folders, size):
     return labels[0] != labels[1]
 
 
-def write_labels(path, scores, present, img, ignored, args, num_classes, backend, device):
+def refine_with_crf(scores, present, img, num_classes, backend, device):
+    """The dense CRF of the walk's scores (K, H, W) for the labels `present`, on a padded normalised image (3, H, W).
+    All classes take part, as in the reference: those that are not in the image have score 0. Returns (K, H, W)."""
+    everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
+    everything[present] = scores
+    return crf.crf_inference(imutils.denormalize(img), everything, CRF_ITERATIONS, backend=backend,
+                             device=device)[present]
+
+
+def write_labels(path, scores, present, img, ignored, ignore_below, refine=None):
     """Writes the pseudo label of one image; the job of a worker process where there is a CRF.
 
     scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
-    image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case.
-    Returns the share of pixels that are background.
+    image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case. refine: `refine_with_crf` with
+    its other arguments bound. Returns the share of pixels that are background.
     """
-    if args.crf:        # with all classes, as in the reference: the absent ones have score 0
-        everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
-        everything[present] = scores
-        scores = crf.crf_inference(imutils.denormalize(img), everything, CRF_ITERATIONS, backend=backend,
-                                   device=device)[present]
+    if refine:
+        scores = refine(scores, present, img)
     h, w = ignored.shape
     scores = scores[:, :h, :w]
     labels = np.array(present)[scores.argmax(axis=0)]
     share = (labels == 0).mean()
-    unsure = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
+    unsure = scores.max(axis=0) < ignore_below * np.maximum(scores, 0).sum(axis=0)
     labels[ignored | unsure] = image_files.IGNORE
     image_files.save_label_map(path, labels)
     return share
@@ -204,21 +212,25 @@ def main(args):
                                 transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
     names = dataset.img_name_list
     if args.on_error == 'stop':         # better now than after hours
-        for name in names:
-            score_files.find_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir')
+        score_files.check_scores(args.cam_dir, names, '--cam_dir')
+        for crf_dir in args.ignore_crf or ():
+            score_files.check_scores(crf_dir, names, '--ignore_crf')
     net = load_network(args, device)
 
     # ----- outputs -----
     folder = label_folder(args)
-    rank, ranks = get_rank()        # the list is shared out first: ranks look at different times at what is finished
+    rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
     todo = open_folders([folder], names[rank::ranks], args.resume, [args.cam_dir, *(args.ignore_crf or ())])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
                         pin_memory=device.type == 'cuda')
-    errors = Errors(args.on_error, '--amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf')
+    errors = Errors(args.on_error, MEMORY_HELP)
 
     # ----- inference -----
+    refine = None
+    if args.crf:
+        refine = functools.partial(refine_with_crf, num_classes=num_classes, backend=backend, device=device)
     with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
         for item, name in zip(tqdm(loader, desc='random walk', dynamic_ncols=True, disable=None), todo):
             with errors.caught(name):
@@ -233,8 +245,8 @@ def main(args):
                 img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
                 scores = walk_image(net, name, img, cam_dict, args, device)
                 present = [0] + [key + 1 for key in sorted(cam_dict)]
-                pool.submit(write_labels, folder.file(name), scores, present, img.numpy(), ignored, args, num_classes,
-                            backend, device, name=name)
+                pool.submit(write_labels, folder.file(name), scores, present, img.numpy(), ignored, args.ignore_below,
+                            refine, name=name)
     if args.vis_dir:
         save_pictures(names[:args.vis_count], folder, args)
     warn_of_background(pool.results, folder.path, '--alpha')
@@ -242,5 +254,5 @@ def main(args):
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input():
+    with exit_on_bad_input(MEMORY_HELP):
         main(get_args_parser().parse_args())

@@ -20,8 +20,8 @@ from tool.metrics import ClassificationMeter
 from tool.pyutils import AverageMeter, Logger, Timer
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches,
                              set_seed)
-from tool.training import (check_training_args, digest_inputs, explain_out_of_memory, outlive_sigterm, report_progress,
-                           resume, save_checkpoint, save_weights, training_steps)
+from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, outlive_sigterm, report_progress, resume,
+                           save_checkpoint, save_weights, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import load_class_names
@@ -152,6 +152,20 @@ def fit_classifier(net, batches, decay=1e-3):
     net.fc8.weight[1:] = weight.detach()[:, :, None, None]
 
 
+def draw_view(img, args):
+    """What makes the second view of images (N, 3, H, W) in this step: (view, inside), as `seam_loss` takes them."""
+    theta = inside = None
+    if {'rotation', 'translation'} & set(args.transform):
+        max_rotation = args.max_rotation if 'rotation' in args.transform else 0
+        max_translation = args.max_translation if 'translation' in args.transform else 0
+        theta = draw_theta(len(img), *img.shape[2:], max_rotation, max_translation).to(img.device)
+    view = functools.partial(second_view, scale_factor=args.scale_factor if 'rescale' in args.transform else 1,
+                             mirror='flip' in args.transform, theta=theta)
+    if theta is not None:
+        inside = view(torch.ones_like(img[:, :1])) > 0.999
+    return view, inside
+
+
 def forward_losses(model, img, label, args):
     """One or two views of images (N, 3, H, W) through the network. Returns (terms, cam (N, 1+C, H, W), cam_rv)."""
     def forward(img):
@@ -161,13 +175,7 @@ def forward_losses(model, img, label, args):
     cam1, cam_rv1 = forward(img)
     if args.classifier_only:
         return {'loss': classification_loss(cam1, label)}, cam1, cam_rv1
-    view, inside = functools.partial(second_view, scale_factor=args.scale_factor if 'rescale' in args.transform else 1,
-                                     mirror='flip' in args.transform), None
-    if {'rotation', 'translation'} & set(args.transform):
-        theta = draw_theta(len(img), *img.shape[2:], args.max_rotation * ('rotation' in args.transform),
-                           args.max_translation * ('translation' in args.transform)).to(img.device)
-        view = functools.partial(view, theta=theta)
-        inside = view(torch.ones_like(img[:, :1])) > 0.999
+    view, inside = draw_view(img, args)
     cam2, cam_rv2 = forward(view(img))
     terms = seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view, inside, args.topk_ratio,
                       args.er_weight, args.ecr_weight, args.rvmin_weight)
@@ -192,8 +200,8 @@ def get_args_parser():
     # network
     parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
     parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights that '
-                                          'timm has for its models, else random')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights '
+                                          'that timm has for its models, else random')
     parser.add_argument('--reset_head', action='store_true',
                         help='start with a new classifier layer, where --weights were trained on other classes')
     parser.add_argument('--fit_classifier', action='store_true',
@@ -272,12 +280,8 @@ def check_args(args):
                        'rotated and moved maps adds up in any order on a GPU')
 
 
-def report(log, timer, step, optimizer, args, epoch_steps, means, quality):
-    """Logs the means of the last steps, and what they say is going wrong. quality: (mAP, mAP of chance), percent."""
-    means['mAP'], chance = quality
-    report_progress(log, timer, step, optimizer, args, epoch_steps, means)
-    if step + 1 < optimizer.max_step / 4:
-        return
+def warn_of_poor_training(log, means, chance):
+    """Logs what the means of the last steps say is going wrong. chance: the mAP of guessing, percent."""
     if means['mAP'] < chance + (100 - chance) / 4:
         log.warn_once('mAP', f'the mean average precision on the training crops is {means["mAP"]:.1f} (chance: '
                              f'{chance:.1f}): the classifier knows too little for its CAMs to mean anything; more '
@@ -310,8 +314,7 @@ def main(args):
                                   torch.from_numpy]))
     if len(dataset) < args.batch_size:
         raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
-    epoch_steps = len(dataset) // args.batch_size
-    max_step = epoch_steps * args.max_epoches
+    max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'PCM', args.backbone)(
@@ -348,7 +351,7 @@ def main(args):
     if args.fit_classifier and not args.resume:
         log('fitting the classifier ...')
         fit_classifier(net, ((img.to(device), label.to(device)) for _, img, label in
-                             itertools.islice(read_batches(loader), epoch_steps)))
+                             itertools.islice(read_batches(loader), batches.epoch_steps)))
     model = parallel(net.train(), device)
 
     # ----- training -----
@@ -356,7 +359,7 @@ def main(args):
     meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
     save = functools.partial(save_checkpoint, last, net, optimizer, scaler, args, inputs)
 
-    for step, names, img, label in training_steps(loader, device, optimizer, meter, save, epoch_steps, args, log):
+    for step, names, img, label in training_steps(loader, optimizer, meter, save, args, log):
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
             terms, cam, cam_rv = forward_losses(model, img_part, label_part, args)
@@ -366,7 +369,11 @@ def main(args):
         scaler.step(optimizer)
         scaler.update()
         if step % args.log_every == 0:
-            report(log, timer, step, optimizer, args, epoch_steps, mean_over_ranks(meter.pop()), quality.pop())
+            means = mean_over_ranks(meter.pop())
+            means['mAP'], chance = quality.pop()
+            report_progress(log, timer, batches, optimizer, step, means)
+            if step + 1 >= max_step / 4:
+                warn_of_poor_training(log, means, chance)
         if writer and step % args.log_every == 0:
             visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
 
@@ -378,5 +385,5 @@ def main(args):
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input(), explain_out_of_memory():
+    with exit_on_bad_input(MEMORY_HELP):
         main(get_args_parser().parse_args())

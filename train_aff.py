@@ -17,8 +17,8 @@ from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Logger, Timer
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches,
                              set_seed)
-from tool.training import (check_training_args, digest_inputs, explain_out_of_memory, outlive_sigterm,
-                           report_progress, resume, save_checkpoint, save_weights, training_steps)
+from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, outlive_sigterm, report_progress, resume,
+                           save_checkpoint, save_weights, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import STRIDE, VOC12AffDataset
 from voc12.lists import load_class_names
@@ -65,8 +65,8 @@ def get_args_parser():
     # network
     parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
     parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights that '
-                                          'timm has for its models, else random')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights '
+                                          'that timm has for its models, else random')
     # optimisation
     parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
     parser.add_argument('--accum', default=1, type=int,
@@ -127,8 +127,7 @@ def main(args):
         label_transform_list=[None, None, None, imutils.AvgPool2d(STRIDE)])
     if len(dataset) < args.batch_size:
         raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
-    epoch_steps = len(dataset) // args.batch_size
-    max_step = epoch_steps * args.max_epoches
+    max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
@@ -166,10 +165,11 @@ def main(args):
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
     save = functools.partial(save_checkpoint, last, net, optimizer, scaler, args, inputs)
 
-    for step, names, img, labels in training_steps(loader, device, optimizer, meter, save, epoch_steps, args, log):
+    for step, names, img, labels in training_steps(loader, optimizer, meter, save, args, log):
         counts = sum_over_ranks(pair_counts(labels))
         optimizer.zero_grad()
-        for img_part, *label_parts in zip(*(tensor.chunk(args.accum) for tensor in (img, *labels))):
+        parts = [tensor.chunk(args.accum) for tensor in (img, *labels)]
+        for img_part, *label_parts in zip(*parts):
             with autocast(device, args.amp):
                 aff = model(img_part)
             terms = affinity_loss(aff.float(), *label_parts, counts / (args.accum * ranks))
@@ -179,9 +179,7 @@ def main(args):
         scaler.update()
         meter.add(dict(zip(('bg_cnt', 'fg_cnt', 'neg_cnt'), counts)), step, names)
         if step % args.log_every == 0:
-            means = mean_over_ranks(meter.pop())
-            report_progress(log, timer, step, optimizer, args, epoch_steps, means,
-                            counts=[means[name] for name in ('bg_cnt', 'fg_cnt', 'neg_cnt')])
+            report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()))
 
     if rank == 0:
         save_weights(net, args.session_name + '.pth')
@@ -189,5 +187,5 @@ def main(args):
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input(), explain_out_of_memory():
+    with exit_on_bad_input(MEMORY_HELP):
         main(get_args_parser().parse_args())

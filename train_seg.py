@@ -15,8 +15,8 @@ from tool.image_files import IGNORE
 from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Logger, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, collate, set_seed
-from tool.training import (check_training_args, digest_inputs, explain_out_of_memory, outlive_sigterm, report_progress,
-                           resume, save_checkpoint, save_weights, training_steps)
+from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, outlive_sigterm, report_progress, resume,
+                           save_checkpoint, save_weights, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12SegDataset
 from voc12.lists import load_class_names
@@ -126,7 +126,6 @@ def main(args):
                     imutils.normalize_image, imutils.RandomCropBoth(args.crop_size)])
     if len(dataset) < args.batch_size:
         raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
-    epoch_steps = len(dataset) // args.batch_size
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'segments', args.backbone)(
@@ -167,7 +166,7 @@ def main(args):
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
     save = functools.partial(save_checkpoint, last, net, optimizer, scaler, args, inputs)
 
-    for step, names, img, label in training_steps(loader, device, optimizer, meter, save, epoch_steps, args, log):
+    for step, names, img, label in training_steps(loader, optimizer, meter, save, args, log):
         count = sum_over_ranks(count_pixels(label)) / (args.accum * ranks)
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
@@ -179,7 +178,7 @@ def main(args):
         scaler.step(optimizer)
         scaler.update()
         if step % args.log_every == 0:
-            report_progress(log, timer, step, optimizer, args, epoch_steps, mean_over_ranks(meter.pop()))
+            report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()))
 
     if rank == 0:
         save_weights(net, args.session_name + '.pth')
@@ -187,5 +186,5 @@ def main(args):
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input(), explain_out_of_memory():
+    with exit_on_bad_input(MEMORY_HELP):
         main(get_args_parser().parse_args())

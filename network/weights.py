@@ -2,7 +2,7 @@
 import torch
 
 from network.resnet38d import convert_mxnet_to_torch
-from tool.cli import BadInput
+from tool.cli import BadInput, is_out_of_memory
 from tool.files import describe
 from tool.unpickle import load_tensors
 
@@ -46,6 +46,8 @@ def _read_state_dict(path):
     try:
         content = _read(path)
     except Exception as error:          # a damaged file raises whatever it likes
+        if is_out_of_memory(error):
+            raise
         needed = '' if path.endswith('.params') else f'; {NEEDED}'
         raise BadInput(f'cannot read the weights {path} (--weights): {describe(error)}{needed}') from error
     if _is_state_dict(content):
@@ -122,12 +124,11 @@ def load_weights(net, path, new_heads=(), reset=()):
     weights = {name: tensor for name, tensor in weights.items() if name not in reset}
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
-    misshapen = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-    shapes = [_describe_shape(name, weights[name].shape, own[name].shape, name in net.classifier) for name in misshapen]
+    shapes = [_describe_shape(name, weights[name].shape, own[name].shape, name in net.classifier)
+              for name in own if name in weights and weights[name].shape != own[name].shape]
+    lacking = [] if set(missing) in (set(new_heads), set(reset)) else missing
     problems = [f'{label}: {_short(names)}' for label, names in
-                (('unexpected', unexpected), ('other shape', shapes)) if names]
-    if missing and set(missing) not in (set(new_heads), set(reset)):
-        problems.insert(0, f'missing: {_short(missing)}')
+                (('missing', lacking), ('unexpected', unexpected), ('other shape', shapes)) if names]
     if problems:
         raise BadInput(f'{path} (--weights) does not fit {type(net).__module__} (--network): ' + '; '.join(problems))
     _check_values(weights, own, path)

@@ -10,7 +10,7 @@ import torch
 
 from conftest import ROOT
 from test_scripts import refused, run
-from tool import devices, torchutils, training
+from tool import cli, devices, torchutils, training
 from tool.cli import BadInput
 
 
@@ -121,25 +121,27 @@ ALLOCATION = ("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator
     (RuntimeError('mat1 and mat2 shapes cannot be multiplied'), False), (OSError(28, 'No space left'), False),
     (ValueError('out of memory'), False)])
 def test_errors_of_memory(error, expected):
-    assert devices.is_out_of_memory(error) is expected
+    assert cli.is_out_of_memory(error) is expected
 
 
 def test_pytorch_on_this_machine_says_so_too():
     with pytest.raises(Exception) as caught:
         torch.empty(2 ** 60)
-    assert devices.is_out_of_memory(caught.value)
+    assert cli.is_out_of_memory(caught.value)
 
 
-def test_revision_of_an_untracked_network_is_dirty(monkeypatch, tmp_path):
-    network = types.ModuleType('mine.net')
-    network.__file__ = str(tmp_path / 'net.py')
-    monkeypatch.setitem(sys.modules, 'mine.net', network)
-    assert devices.describe_revision('mine.net').endswith('-dirty')
+@pytest.mark.parametrize('described, untracked, expected', [
+    ('abc', '', 'abc'), ('abc-dirty', '', 'abc-dirty'), ('abc', 'network/mine.py', 'abc-dirty'), ('', '', 'unknown')])
+def test_code_that_is_not_in_git_is_dirty(monkeypatch, described, untracked, expected):
+    def git(command, **_):
+        return types.SimpleNamespace(stdout=described if 'describe' in command else untracked)
+    monkeypatch.setattr(subprocess, 'run', git)
+    assert devices.describe_revision() == expected
 
 
 def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv('PATH', '')
-    assert devices.describe_revision('network.slim_SEAM') == 'unknown'
+    assert devices.describe_revision() == 'unknown'
 
 
 def test_windows_has_no_sigchld_and_no_resource():

@@ -285,6 +285,30 @@ def test_out_of_memory_names_the_image_and_the_flags_that_help(error):
     assert errors.lines == [words]
 
 
+@pytest.mark.parametrize('at', ['Module.to', 'load'])
+def test_out_of_memory_before_the_first_image_is_one_line(data, tmp_path, monkeypatch, at):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
+    if at == 'load':
+        monkeypatch.setattr(torch, 'load', run_out)
+    else:
+        monkeypatch.setattr(torch.nn.Module, 'to', run_out)
+    refused(cams(data, '--out_cam', tmp_path / 'cam'), 'out of memory; what helps: smaller --scales')
+    refused(walk(data, '--out_rw', tmp_path / 'rw'), 'out of memory; what helps: --amp bf16')
+
+
+def test_missing_scores_are_found_before_the_work_starts(data, tmp_path):
+    for folder in ('cam', 'crf_4.0'):
+        shutil.copytree(data / folder, tmp_path / folder)
+        (tmp_path / folder / f'{names_of(data)[-1]}.npy').unlink()
+    flags = '--infer_list', LIST, '--num_workers', 0, '--cam_dir', tmp_path / 'cam', '--out_crf', tmp_path / 'new'
+    refused(run(data, 'infer_SEAM', *flags), f'{names_of(data)[-1]}.npy', '--cam_dir')
+    refused(walk(data, '--out_rw', tmp_path / 'new_rw', '--ignore_crf', tmp_path / 'crf_4.0', 'crf_24.0'),
+            f'{names_of(data)[-1]}.npy', '--ignore_crf')
+    assert not list(tmp_path.glob('new*'))
+    assert run(data, 'infer_SEAM', *flags, '--on_error', 'skip').returncode == 3
+
+
 def test_run_goes_on_past_the_image_for_which_memory_runs_out(data, tmp_path, monkeypatch):
     name, save_scores = names_of(data)[1], score_files.save_scores
 
@@ -410,6 +434,32 @@ def test_output_that_nobody_reads_ends_quietly(code):
     assert process.stderr.read() == b'' and process.wait() == 141
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full here')
+@pytest.mark.parametrize('code', ['print("x" * 10 ** 6)', 'print("x")', 'print("x"); raise SystemExit(3)'])
+def test_output_on_a_full_disk_is_one_line(code):
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run([sys.executable, '-c', WRAPPED + code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE,
+                                text=True)
+    assert 'cannot write the output: No space left' in refused(result)
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('error, words', [
+    ('RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")', 'a loader process was killed'),
+    ('torch.OutOfMemoryError("CUDA out of memory. Tried")', 'out of memory; what helps: '),
+    ('RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")', 'out of memory; what helps: ')])
+def test_errors_of_the_machine_are_one_line(error, words):
+    result = subprocess.run([sys.executable, '-c', f'import torch\n{WRAPPED}raise {error}'], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert words in refused(result) and len(result.stderr.splitlines()) == 1
+
+
+def test_bug_in_a_loader_process_is_no_killed_process():
+    error = 'RuntimeError("Caught RuntimeError in DataLoader worker process 0.")'
+    result = subprocess.run([sys.executable, '-c', f'{WRAPPED}raise {error}'], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and 'Traceback' in result.stderr
+
+
 def test_console_that_lacks_a_character():
     result = subprocess.run([sys.executable, '-c', WRAPPED + 'print("gr\\u00fcn \\u65e5")'], cwd=ROOT,
                             env=dict(os.environ, PYTHONIOENCODING='ascii'), capture_output=True, text=True)
@@ -420,10 +470,11 @@ def test_console_that_lacks_a_character():
 
 def test_disk_that_will_not_do_is_warned_of(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(outputs.shutil, 'disk_usage', lambda _: type('Usage', (), {'free': 2 ** 20}))
-    check = outputs.SpaceCheck(1000)
+    folder = outputs.ResultFolder(str(tmp_path), '--out_cam', '.npy', {})
+    check = outputs.SpaceCheck([folder], [str(number) for number in range(1000)])
     for number in range(12):
-        (tmp_path / str(number)).write_bytes(bytes(2 ** 20))
-        check.add([str(tmp_path / str(number))])
+        (tmp_path / f'{number}.npy').write_bytes(bytes(2 ** 20))
+        check.count_image()
     assert capsys.readouterr().out.count('the other 990 images will take about 1.0 GiB, and 0.0 GiB are free') == 1
 
 

@@ -463,13 +463,9 @@ def test_class_without_images_does_not_count():
 
 
 def test_a_classifier_that_knows_nothing_is_warned_of(tmp_path):
-    class Optimizer:
-        max_step, param_groups = 100, [{'lr': 0.1}]
     log = pyutils.Logger(str(tmp_path / 'x'))
-    args = type('Args', (), {'batch_size': 2})
     for quality in ((20., 10.), (20., 10.), (80., 10.)):
-        train_SEAM.report(log, pyutils.Timer(), 50, Optimizer, args, 10,
-                          {'loss': 1., 'loss_er': 1e-5, 'loss_ecr': .4}, quality)
+        train_SEAM.warn_of_poor_training(log, {'loss_er': 1e-5, 'loss_ecr': .4, 'mAP': quality[0]}, quality[1])
     text = (tmp_path / 'x.log').read_text()
     assert text.count('mean average precision') == 1 and text.count('ER has collapsed') == 1
     assert 'lower --lr' not in text

@@ -78,8 +78,12 @@ def saved(tmp_path, weights):
 def tiny_net(num_classes=20):
     """Has what `load_weights` needs of a network."""
     fc8, f9 = torch.nn.Conv2d(4, 1 + num_classes, 1, bias=False), torch.nn.Conv2d(4, 4, 1, bias=False)
-    net = torch.nn.ModuleDict({'bn7': torch.nn.BatchNorm2d(4), 'fc8': fc8, 'f9': f9})
-    net.classifier, net.new_heads = ('fc8.weight',), ('fc8.weight', 'f9.weight')
+    return network({'bn7': torch.nn.BatchNorm2d(4), 'fc8': fc8, 'f9': f9}, ('fc8.weight',), ('fc8.weight', 'f9.weight'))
+
+
+def network(layers, classifier=(), new_heads=()):
+    net = torch.nn.ModuleDict(layers)
+    net.classifier, net.new_heads, net.rename_pretrained = classifier, new_heads, lambda weights: weights
     return net
 
 
@@ -192,8 +196,7 @@ def test_a_name_with_and_without_a_wrapper_is_refused(tmp_path):
 
 
 def test_a_name_of_the_network_itself_is_no_wrapper(tmp_path):
-    source, net = (torch.nn.ModuleDict({'model': torch.nn.Linear(1, 1)}) for _ in range(2))
-    net.classifier = ()
+    source, net = (network({'model': torch.nn.Linear(1, 1)}) for _ in range(2))
     load_weights(net, saved(tmp_path, source.state_dict()))
     assert torch.equal(net['model'].weight, source['model'].weight)
 

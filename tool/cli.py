@@ -1,6 +1,7 @@
 """Bad input, and checks of flags. Needs no torch."""
 import argparse
 import contextlib
+import errno
 import functools
 import importlib
 import os
@@ -22,33 +23,56 @@ class NotFinite(ArithmeticError):
 
 
 @contextlib.contextmanager
-def exit_on_bad_input():
-    """Wraps a script's `main`. BadInput, NotFinite and a killed loader process end the script with one line on stderr
-    and exit code 2, Ctrl-C with 130; output into a closed pipe (`| head`) ends it without a word, with 141. Characters
-    that the console cannot print become escapes."""
+def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
+    """Wraps a script's `main`: what the user can mend ends it with one line on stderr and exit code 2, Ctrl-C with 130;
+    output into a closed pipe (`| head`) ends it without a word, with 141. Characters that the console cannot print
+    become escapes. memory_help: the flags that help where memory runs out."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
     try:
         try:
             yield
-        except (BadInput, NotFinite) as error:
-            exit_with(f'error: {error}', 2)
-        except RuntimeError as error:
-            if 'DataLoader worker' not in str(error):
-                raise
-            exit_with('error: a loader process was killed, perhaps for lack of memory (--num_workers)', 2)
         except KeyboardInterrupt:
             exit_with('interrupted', 130)
+        except Exception as error:
+            line = _explain(error, memory_help)
+            if line is None:
+                raise
+            exit_with(f'error: {line}', 2)
         finally:
-            print(end='', flush=True)       # a closed pipe is noticed here, not when Python ends
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)                       # as of a process that SIGPIPE ends
+            print(end='', flush=True)       # a closed pipe or a full disk is noticed here, not when Python ends
+    except OSError as error:
+        if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left of the output goes nowhere
+        if error.errno == errno.EPIPE:
+            sys.exit(141)                   # as of a process that SIGPIPE ends
+        exit_with(f'error: cannot write the output: {error.strerror}', 2)
+
+
+def _explain(error, memory_help):
+    """The line for an error that the user can mend; None for others, which are bugs."""
+    if isinstance(error, (BadInput, NotFinite)):
+        return str(error)
+    if is_out_of_memory(error):
+        return f'out of memory; what helps: {memory_help}'
+    if isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error):
+        return 'a loader process was killed, perhaps for lack of memory (--num_workers)'
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory ran out: of Python, NumPy, PyTorch on a CPU or a GPU, or the system."""
+    if isinstance(error, (RuntimeError, OSError)):      # PyTorch has no class for all of its own
+        text = str(error).lower()
+        return any(words in text for words in ('out of memory', 'allocate memory', 'not enough memory', 'bad_alloc',
+                                               'status_alloc_failed'))
+    return isinstance(error, MemoryError)
 
 
 def exit_with(line, code):
-    tqdm.write(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr)     # below a progress bar
+    with contextlib.suppress(OSError):      # stderr on a full disk
+        tqdm.write(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr)     # below a progress bar
     sys.exit(code)
 
 

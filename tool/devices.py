@@ -112,15 +112,6 @@ def seed_gpus(*numbers):
         generator.manual_seed(int(np.random.SeedSequence((*numbers, index)).generate_state(1)[0]))
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that memory ran out: of Python, NumPy, PyTorch on a CPU or a GPU, or the system."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()       # PyTorch's allocator of main memory has no class of its own
-    return isinstance(error, (RuntimeError, OSError)) and any(
-        words in text for words in ('defaultcpuallocator', 'allocate memory', 'out of memory', 'bad_alloc'))
-
-
 def sum_over_ranks(tensor):
     """The sum of a tensor over the ranks of torchrun, in place; the tensor itself without ranks."""
     if dist.is_initialized():
@@ -149,22 +140,19 @@ def use_deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def describe_revision(network):
-    """`git describe` of this code; dirty where it was changed, and where modules of the network, or beside it, are
-    not in git. 'unknown' without git."""
+def describe_revision():
+    """`git describe` of this code, -dirty where it was changed or has Python files that are not in git; 'unknown'
+    without git."""
     def git(*arguments):
         here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        return subprocess.run(['git', '-C', here, *arguments], capture_output=True, text=True)
+        return subprocess.run(['git', '-C', here, *arguments], capture_output=True, text=True).stdout.strip()
 
-    packages = 'network', network.split('.')[0]
-    files = [os.path.abspath(module.__file__) for name, module in list(sys.modules.items())
-             if name.split('.')[0] in packages and getattr(module, '__file__', None)]
     try:
-        revision = git('describe', '--always', '--dirty').stdout.strip()
-        if revision and not revision.endswith('-dirty') and git('ls-files', '--error-unmatch', *files).returncode:
+        revision = git('describe', '--always', '--dirty')
+        if revision and not revision.endswith('-dirty') and git('ls-files', '--others', '--exclude-standard', '*.py'):
             revision += '-dirty'
     except OSError:             # no git here
-        revision = ''
+        return 'unknown'
     return revision or 'unknown'
 
 
@@ -173,7 +161,7 @@ def describe_run(args, device):
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
     return [' '.join(f'{key}={value}' for key, value in vars(args).items()),
             f'python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}; {name}, '
-            f'{get_rank()[1]} ranks; revision {describe_revision(args.network)}']
+            f'{get_rank()[1]} ranks; revision {describe_revision()}']
 
 
 def peak_memory():

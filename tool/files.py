@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 
-from tool.cli import CannotWrite
+from tool.cli import CannotWrite, is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -41,6 +41,8 @@ def file_digest(path):
 
 def describe(error):
     """One printable line on why a file could not be read."""
+    if is_out_of_memory(error):
+        return 'out of memory'
     if isinstance(error, (LookupError, TypeError, AttributeError)):
         return f'it is damaged ({type(error).__name__})'
     text = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:400] or type(error).__name__

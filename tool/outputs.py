@@ -6,14 +6,13 @@ import shutil
 
 from tqdm import tqdm
 
-from tool.cli import BadInput, CannotWrite, make_dir
-from tool.devices import is_out_of_memory
+from tool.cli import BadInput, CannotWrite, is_out_of_memory, make_dir
 from tool.files import atomic_write, file_digest
 
 SETTINGS = 'settings.json'
 # what a complete file of ours ends with: a pickle, a zip directory without comment, a PNG
 LAST_BYTES = {'.npy': b'.', '.npz': b'\0\0', '.png': b'IEND\xaeB`\x82'}
-OUTDATED = 10 ** 9      # seconds since 1970: a file dated before September 2001 is to be made again
+OUTDATED = 10 ** 9      # seconds since 1970, in 2001: older files are to be made again, see ResultFolder
 
 
 def read_settings(folder):
@@ -48,6 +47,10 @@ class ResultFolder:
 
     settings: a dict for json of what the files depend on: numbers and digests, not paths, which can be written in many
     ways. flag: the command-line flag that named the folder.
+
+    A run without --resume makes all files anew. Each old file can be read until its new one replaces it, but is dated
+    1970 when the run starts, and what is dated so does not count as finished. So if the run is stopped half-way,
+    --resume can tell old files from new ones: their names are the same, and settings.json has the new settings already.
     """
 
     def __init__(self, path, flag, extension, settings):
@@ -68,30 +71,26 @@ class ResultFolder:
             return False
 
     def open(self, names, resume):
-        """Creates the folder, or takes up one that is there, for these images.
-
-        With `resume`, finished files stay, and BadInput names what differs where they have other or unknown settings.
-        Without it all are made anew: they stay to be read until a new one replaces them, dated 1970, so that a later
-        --resume does not take one for finished, should this run be stopped. The dates are set before the new settings
-        are written, for all files of other settings, else for those of `names`: other ranks share the folder.
-        """
+        """Creates the folder, or takes up one that is there, for a run over these images. With `resume`, finished files
+        stay; raises BadInput where they have other or unknown settings. Without it, all are to be made anew."""
         make_dir(self.path, self.flag)
-        there = results_in(self.path)
-        differences = self._differences() if there else []
+        old = results_in(self.path)
+        differences = '; '.join(self._differences()) if old else ''
         if differences and resume:
-            raise BadInput(f'{self.path} ({self.flag}) was made with other settings: {"; ".join(differences)}. Name '
-                           'another folder, or leave --resume out to make it anew')
+            raise BadInput(f'{self.path} ({self.flag}) was made with other settings: {differences}. Name another '
+                           'folder, or leave --resume out to make it anew')
         if differences:
             print(f'warning: {self.path} ({self.flag}) has results of other settings, which are replaced one by one: '
-                  + '; '.join(differences))
-        if not resume:
-            try:
-                ours = {self.file(name) for name in names}
-                for path in there:
-                    if differences or path in ours:
-                        os.utime(path, (0, 0))
-            except OSError as error:
-                raise BadInput(f'cannot make {self.path} ({self.flag}) anew: {error}; name another folder') from error
+                  f'{differences}')
+        elif resume:
+            old = []
+        else:       # those of these images: another rank may have made others already
+            old = [path for path in map(self.file, names) if os.path.isfile(path)]
+        try:        # first the dates, then the settings: a run that is killed here leaves nothing that passes for new
+            for path in old:
+                os.utime(path, (0, 0))
+        except OSError as error:
+            raise BadInput(f'cannot make {self.path} ({self.flag}) anew: {error}; name another folder') from error
         with atomic_write(os.path.join(self.path, SETTINGS)) as file:
             file.write(json.dumps(self.settings, indent=1).encode())
 
@@ -188,24 +187,20 @@ def warn_of_background(shares, folder, flag):
 
 
 class SpaceCheck:
-    """Warns, from the size of the first outputs, when the disk will not hold them all."""
+    """Warns, once the results of the first ten images are there, where the disk will not hold those of all `names`."""
 
-    FIRST = 10
+    def __init__(self, folders, names):
+        self._left, self._first = len(names), len(names[:10])
+        self._paths = [folder.file(name) for folder in folders for name in names[:10]]
 
-    def __init__(self, count):
-        self._left, self._paths = count, []
-
-    def add(self, paths):
-        """paths: all outputs of one image, which may still be on their way."""
+    def count_image(self):
+        """To be called after each image; its files may still be on their way."""
         self._left -= 1
-        if self._paths is None:         # it has been said, or need not be
+        if not self._paths or not all(map(os.path.isfile, self._paths)):
             return
-        self._paths = (self._paths + paths)[:self.FIRST * len(paths)]
-        if len(self._paths) < self.FIRST * len(paths) or not all(map(os.path.isfile, self._paths)):
-            return
-        need = sum(map(os.path.getsize, self._paths)) / self.FIRST * self._left
-        free = shutil.disk_usage(os.path.dirname(paths[0])).free
+        need = sum(map(os.path.getsize, self._paths)) / self._first * self._left
+        free = shutil.disk_usage(os.path.dirname(self._paths[0])).free
         if need > free:
             tqdm.write(f'warning: the other {self._left} images will take about {need / 2 ** 30:.1f} GiB, '
                        f'and {free / 2 ** 30:.1f} GiB are free')
-        self._paths = None
+        self._paths = []        # told once

@@ -42,6 +42,12 @@ def find_scores(path, flag):
     return path
 
 
+def check_scores(folder, names, flag):
+    """Raises BadInput for the first of these images that has no score file in a folder."""
+    for name in names:
+        find_scores(os.path.join(folder, name + '.npy'), flag)
+
+
 def sums_to_one(scores):
     """bool (H, W): whether the scores of a pixel sum to 1, up to the rounding of their type. scores: not empty."""
     half = any(value.dtype == np.float16 for value in scores.values())

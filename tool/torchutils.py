@@ -80,12 +80,13 @@ def read_batches(loader):
 class StepBatches(Sampler):
     """The batches of a training run from update number `start` to `max_step`: lists of (epoch, index).
 
-    Every epoch is a permutation of its own; the images left over by whole batches wait for the next. Of each
-    batch, rank r of `ranks` takes every ranks-th image.
+    Every epoch of `epoch_steps` batches is a permutation of its own; the images left over by whole batches wait for the
+    next. Of each batch, rank r of `ranks` takes every ranks-th image.
     """
 
     def __init__(self, size, batch_size, start, max_step, seed):
         self.size, self.batch_size, self.start, self.max_step, self.seed = size, batch_size, start, max_step, seed
+        self.epoch_steps = size // batch_size
 
     def __len__(self):
         return self.max_step - self.start
@@ -94,7 +95,7 @@ class StepBatches(Sampler):
         rank, ranks = get_rank()
         order_of = None
         for step in range(self.start, self.max_step):
-            epoch, place = divmod(step, self.size // self.batch_size)
+            epoch, place = divmod(step, self.epoch_steps)
             if order_of != epoch:
                 order_of, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size)
             batch = order[place * self.batch_size:(place + 1) * self.batch_size]

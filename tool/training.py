@@ -1,6 +1,5 @@
 """A training run: its steps and progress lines, its checkpoints, and how it is stopped and taken up again."""
 import atexit
-import contextlib
 import errno
 import hashlib
 import json
@@ -12,11 +11,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tool.cli import BadInput, NotFinite, check_file, check_range
-from tool.devices import end_ranks, get_rank, is_out_of_memory, peak_memory, seed_gpus
-from tool.files import atomic_write, describe, file_digest
+from tool.cli import BadInput, NotFinite, check_file, check_range, is_out_of_memory
+from tool.devices import end_ranks, get_rank, peak_memory, seed_gpus
+from tool.files import atomic_write, describe
 from tool.torchutils import read_batches, set_seed
 from tool.unpickle import load_tensors
+
+# for `exit_on_bad_input`
+MEMORY_HELP = ('--accum 2 or more, --checkpointing, --amp bf16, a smaller --batch_size or --crop_size and fewer '
+               '--num_workers; the last checkpoint stays')
 
 
 def check_training_args(args):
@@ -35,14 +38,16 @@ def check_training_args(args):
 
 # ----- the steps -----
 
-def training_steps(loader, device, optimizer, meter, save, epoch_steps, args, log):
-    """Yields (step, names, the other parts of the batch on the device) from `optimizer.global_step` on, each with
-    random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
+def training_steps(loader, optimizer, meter, save, args, log):
+    """Yields (step, names, the other parts of the batch on the network's device) from `optimizer.global_step` on, each
+    with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
 
-    After every epoch and every --save_every steps calls save(), on the first rank. So too when the run ends early: by
-    a signal, with exit code 128 + its number, or by the BadInput of an image that cannot be read.
+    loader: of StepBatches. After every epoch and every --save_every steps calls save(), on the first rank. So too when
+    the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an image that cannot be read.
     """
     rank, _ = get_rank()
+    epoch_steps = loader.batch_sampler.epoch_steps
+    device = optimizer.param_groups[0]['params'][0].device
     stopped = 0
     try:
         with StopOnSignal() as stop:
@@ -78,38 +83,26 @@ def _move(value, device):
     return [_move(part, device) for part in value]
 
 
-def report_progress(log, timer, step, optimizer, args, epoch_steps, means, counts=()):
+def report_progress(log, timer, batches, optimizer, step, means):
     """Logs the `Iter:` line of the reference, and a record of everything: step, epoch, means, lr, images/s, memory.
 
-    step: the number of the update that was the last, from 0. means: dict of floats; of these the losses are shown,
-    and mAP where there is one. counts: of AffinityNet's pairs.
+    batches: the StepBatches. step: the number of the last update, from 0. means: dict of floats; the line shows the
+    losses, AffinityNet's numbers of pairs (cnt) and the mAP, where they are there.
     """
-    max_step, lr = optimizer.max_step, optimizer.param_groups[0]['lr']
-    speed, finish = timer.report(step + 1, max_step, args.batch_size)
-    shown = [means[name] for name in ('loss', 'loss_cls', 'loss_er', 'loss_ecr', 'bg_loss', 'fg_loss', 'neg_loss')
-             if name in means]
-    parts = [f'Iter:{step:5d}/{max_step:5d}', 'loss:' + ' '.join(f'{loss:.4f}' for loss in shown),
-             f'imps:{speed:.1f}']
+    lr = optimizer.param_groups[0]['lr']
+    speed, finish = timer.report(step + 1, batches.max_step, batches.batch_size)
+    losses = [f'{means[name]:.4f}' for name in ('loss', 'loss_cls', 'loss_er', 'loss_ecr', 'bg_loss', 'fg_loss',
+                                                'neg_loss') if name in means]
+    counts = [f'{means[name]:.0f}' for name in ('bg_cnt', 'fg_cnt', 'neg_cnt') if name in means]
+    line = f'Iter:{step:5d}/{batches.max_step:5d} loss:{" ".join(losses)} imps:{speed:.1f}'
     if counts:
-        parts.append('cnt:' + ' '.join(f'{count:.0f}' for count in counts))
-    parts += [f'Fin:{finish}', f'lr: {lr:.4f}']
+        line += f' cnt:{" ".join(counts)}'
+    line += f' Fin:{finish} lr: {lr:.4f}'
     if 'mAP' in means:
-        parts.append(f'mAP: {means["mAP"]:.1f}')
-    log(' '.join(parts))
-    log.record({'step': step, 'epoch': step // epoch_steps, **means, 'lr': lr, 'images_per_second': speed,
+        line += f' mAP: {means["mAP"]:.1f}'
+    log(line)
+    log.record({'step': step, 'epoch': step // batches.epoch_steps, **means, 'lr': lr, 'images_per_second': speed,
                 'memory_gib': peak_memory() / 2 ** 30})
-
-
-@contextlib.contextmanager
-def explain_out_of_memory():
-    """Around a training: where memory runs out, a BadInput names the flags that help."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise BadInput('out of memory: --accum 2 or more, --checkpointing, --amp bf16, a smaller --batch_size or '
-                       '--crop_size and fewer --num_workers take less; the last checkpoint stays') from error
 
 
 # ----- checkpoints -----
@@ -170,6 +163,8 @@ def resume(path, net, optimizer, scaler, args, inputs):
             optimizer.global_step = checkpoint['step']
             scaler.load_state_dict(checkpoint['scaler'])
     except Exception as error:          # a damaged file raises whatever it likes
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f'{path} (--resume) is no checkpoint of this training: {describe(error)}') from error
     if differ:
         raise BadInput(f'{path} (--resume) was made with other flags: {"; ".join(differ)}')
