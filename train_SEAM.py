@@ -285,7 +285,7 @@ def warn_of_poor_training(log, means, chance):
     if means['mAP'] < chance + (100 - chance) / 4:
         log.warn_once('mAP', f'the mean average precision on the training crops is {means["mAP"]:.1f} (chance: '
                              f'{chance:.1f}): the classifier knows too little for its CAMs to mean anything; more '
-                             'steps help, pretrained --weights, and fitting the classifier first (--classifier_only)')
+                             'steps help, pretrained --weights, and fitting the classifier first (--fit_classifier)')
     if means.get('loss_er', 1) < 5e-4 and means['loss_ecr'] > .1:
         log.warn_once('ER', f'ER has collapsed to {means["loss_er"]:.6f} while ECR stays at {means["loss_ecr"]:.3f}: '
                             'the CAMs are flat, as happens without pretrained --weights; train the classifier first')

@@ -59,8 +59,8 @@ def get_args_parser():
     # network
     parser.add_argument('--network', default='network.resnet38_deeplab', help='module with a class Net')
     parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_deeplab')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from, or weights of another of the networks; '
-                                          'not given: the ImageNet weights that timm has for its models, else random')
+    parser.add_argument('--weights', help='ImageNet .params or .pth to start from, or weights of another network; not '
+                                          'given: the ImageNet weights that timm has for its models, else random')
     parser.add_argument('--freeze_bn', action='store_true',
                         help='batch norm uses its running statistics; as published, it trains')
     parser.add_argument('--sync_bn', action='store_true', help='batch norm over the whole batch of all ranks')
