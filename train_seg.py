@@ -103,8 +103,6 @@ def check_args(args):
     check_range(args, 0, 1, 'momentum')
     if args.scale_range[0] > args.scale_range[1]:
         raise BadInput(f'--scale_range {args.scale_range}: the smaller value comes first')
-    if args.checkpointing and args.backbone and not args.freeze_bn:
-        raise BadInput('--checkpointing with --backbone counts each batch twice in batch norm: add --freeze_bn')
     if args.sync_bn and (args.freeze_bn or get_rank()[1] == 1):
         raise BadInput('--sync_bn is for ranks of torchrun with GPUs, and without --freeze_bn')
 
@@ -116,6 +114,8 @@ def main(args):
     rank, ranks = get_rank()
     device = get_device(args.device, args.tf32)
     check_replicas(device, args.amp)
+    if args.sync_bn and device.type != 'cuda':
+        raise BadInput('--sync_bn needs GPUs')
     if args.deterministic:
         use_deterministic()
 
@@ -130,6 +130,8 @@ def main(args):
     # ----- network and optimizer -----
     net = import_network(args.network, 'segments', args.backbone)(
         num_classes=len(class_names), freeze_bn=args.freeze_bn, checkpointing=args.checkpointing)
+    if args.sync_bn and net.takes_backbone:
+        raise BadInput(f'--sync_bn is not for {args.network}: the batch norms of timm have activations in them')
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},

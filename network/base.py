@@ -12,10 +12,11 @@ NORMS = _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 @contextlib.contextmanager
 def hold_statistics(layer):
     """While a layer is computed again: its batch norms do not count the batch a second time."""
-    norms = [module for module in layer.modules() if isinstance(module, _NormBase) and module.training]
+    norms = [module for module in layer.modules()
+             if isinstance(module, _NormBase) and module.training and module.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0., None
+    for norm in norms:      # a copy counts; synchronised norms do not work without a counter
+        norm.momentum, norm.num_batches_tracked = 0., norm.num_batches_tracked.clone()
     try:
         yield
     finally:
@@ -49,6 +50,7 @@ class Network(nn.Module):
     not_training = ()
     width = 64
     train_bn = checkpointing = False
+    takes_backbone = False      # whether the constructor takes `backbone`, of the `--backbone` flag
 
     def set_options(self, train_bn, checkpointing, dropout):
         """For constructors, once all layers are there."""

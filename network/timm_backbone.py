@@ -43,13 +43,14 @@ class TimmBackbone(Network):
 
     Images come in as they do for ResNet38, and get the mean and deviation of the model here.
     """
+    takes_backbone = True
 
     def __init__(self, backbone=DEFAULT):
         super().__init__()
         self.backbone_name = backbone
         try:
             self.body = import_timm().create_model(backbone, features_only=True, output_stride=8)
-        except (RuntimeError, AttributeError, AssertionError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, ValueError, OSError, AttributeError, AssertionError, TypeError) as error:
             raise BadInput(f'--backbone {backbone}: no model of timm with feature maps at stride 8: {error}') from error
         info = self.body.feature_info
         if len(info) < 3 or set(info.reduction()[-3:]) != {8}:
@@ -66,8 +67,9 @@ class TimmBackbone(Network):
         """The layers of the body, in their order, up to the end of the module `first`; timm may say a_b for a.b."""
         names = [name for name, _ in self.body.named_modules()]
         first = first if first in names else first.replace('.', '_')
-        last = max(i for i, name in enumerate(names) if name == first or name.startswith(first + '.'))
-        return [layer for layer in list(self.body.modules())[:last + 1] if not any(layer.children())]
+        end = 1 + max(i for i, name in enumerate(names) if name == first or name.startswith(first + '.'))
+        layers = list(self.body.modules())          # each before its parts
+        return [layer for i, layer in enumerate(layers) if i + len(list(layer.modules())) <= end]
 
     def forward_as_dict(self, x):
         """x: images (N, 3, H, W), normalised as ResNet38's. Returns conv4, conv5, conv6, (N, channels, h, w) each."""

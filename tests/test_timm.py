@@ -48,6 +48,7 @@ def test_heads_on_a_backbone(backbone):
                    if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.LayerNorm)))
     first = next(net.body.parameters())
     assert not first.requires_grad and net.fc8.weight.grad is not None
+    assert not any(parameter.requires_grad for name, parameter in net.named_parameters() if 'stages_0' in name)
     assert timm_aff.Net(backbone=backbone)(x).ndim == 3
     assert timm_deeplab.Net(4, backbone=backbone).eval()(x).shape == (2, 5, 65, 97)
 
@@ -104,6 +105,20 @@ def test_state_dict_of_the_whole_model_is_a_start(data, tmp_path, backbone):
     expected = [value for name, value in model.state_dict().items() if name.startswith(last)]
     got = [value for name, value in trained.items() if name.startswith(('body.layer4.1', 'body.stages_3.blocks.1'))]
     assert len(got) == len(expected) > 5 and all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@needs_timm
+def test_segmentation_network_on_a_named_backbone(data, tmp_path):
+    import timm
+    torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'model.pth')
+    network = '--network', 'network.timm_deeplab', '--backbone', 'resnet18', '--num_workers', 0
+    flags = ('--train_list', LIST, '--label_dir', 'VOC2012/SegmentationClass', '--batch_size', 2, '--max_iters', 1,
+             '--crop_size', 64, '--weights', tmp_path / 'model.pth', '--session_name', tmp_path / 'seg')
+    refused(run(data, 'train_seg', *network, *flags, '--checkpointing'), '--checkpointing', '--freeze_bn')
+    done(run(data, 'train_seg', *network, *flags))
+    done(run(data, 'infer_seg', *network, '--infer_list', LIST, '--weights', tmp_path / 'seg.pth', '--scales', 1,
+             '--out_seg', tmp_path / 'out'))
+    assert len(list((tmp_path / 'out').glob('*.png'))) == len(names_of(data))
 
 
 @needs_timm

@@ -116,7 +116,7 @@ def import_network(name, attribute, backbone=None):
         raise BadInput(f'{name} (--network) is no network for this script: it has no Net.{attribute}')
     if backbone is None:
         return net
-    if not hasattr(net, 'layers_until'):
+    if not getattr(net, 'takes_backbone', False):
         raise BadInput(f'--backbone {backbone}: {name} (--network) has a backbone of its own; network.timm_SEAM and '
                        'the like take one')
     return functools.partial(net, backbone=backbone)
