@@ -14,10 +14,9 @@ class DeepLab(Network):
     3e-4, in the backbone too; its gains and shifts are in no parameter group, so they stay what they were. With
     `freeze_bn` all norms use their running statistics, which then stay too.
     """
-    new_heads = tuple(f'{layer}.{name}' for layer, names in (
-        ('conv_fov', ['weight']), ('bn_fov', ['weight', 'bias', 'running_mean', 'running_var']),
-        ('conv_fov2', ['weight']), ('bn_fov2', ['weight', 'bias', 'running_mean', 'running_var']),
-        ('cls_conv', ['weight', 'bias'])) for name in names)
+    new_heads = ('conv_fov.weight', 'bn_fov.weight', 'bn_fov.bias', 'bn_fov.running_mean', 'bn_fov.running_var',
+                 'conv_fov2.weight', 'bn_fov2.weight', 'bn_fov2.bias', 'bn_fov2.running_mean', 'bn_fov2.running_var',
+                 'cls_conv.weight', 'cls_conv.bias')
     classifier = 'cls_conv.weight', 'cls_conv.bias'
     segments = True     # tells the kind of network
 
@@ -41,7 +40,7 @@ class DeepLab(Network):
                 module.momentum = BN_MOMENTUM
 
     def train(self, mode=True):
-        """Sets the mode; with `freeze_bn`, norms stay out of training. Returns self."""
+        """Sets the mode. Freezes nothing but, with `freeze_bn`, the running statistics of the norms. Returns self."""
         nn.Module.train(self, mode)
         for module in self.modules():
             if isinstance(module, NORMS) and self.freeze_bn:
@@ -54,17 +53,6 @@ class DeepLab(Network):
         f = F.relu(self.bn_fov(self.conv_fov(f)))
         f = self.dropout(F.relu(self.bn_fov2(self.conv_fov2(f))))
         return F.interpolate(self.cls_conv(f), x.shape[2:], mode='bilinear', align_corners=True)
-
-    def get_parameter_groups(self):
-        """Four lists for the optimizer: weights and biases of the backbone, then of the head; no norms."""
-        norms = {id(parameter) for module in self.modules() if isinstance(module, NORMS)
-                 for parameter in module.parameters()}
-        groups = ([], [], [], [])
-        for name, parameter in self.named_parameters():
-            if id(parameter) not in norms:
-                new = 0 if name.startswith('backbone.') else 2
-                groups[new if name.endswith('weight') else new + 1].append(parameter)
-        return groups
 
     def load_pretrained(self):
         return self.backbone.load_pretrained()
