@@ -15,12 +15,13 @@ from tool.crf import Kernels, choose_crf_backend, choose_crf_workers, crf_infere
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.image_files import save_label_map
-from tool.outputs import Errors, ResultFolder, SkipBad, open_folders
+from tool.outputs import Errors, ResultFolder, SkipBad, SpaceCheck, open_folders
 from tool.score_files import save_scores
 from tool.workers import BoundedPool
 from voc12.data import VOC12ImageDataset
 from voc12.lists import load_class_names
 
+MEMORY_HELP = 'smaller --scales, --amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf'
 CRF_STEPS, CRF_KERNELS = 1, Kernels(sxy_bilateral=32)       # as published; one iteration, and a smaller kernel
 
 
@@ -84,7 +85,8 @@ def get_args_parser():
                                                         'all cores where a GPU runs the network, else 0')
     # outputs
     parser.add_argument('--out_seg', help='folder for the label maps, NAME.png')
-    parser.add_argument('--out_prob', help='folder for the probabilities, NAME.npy: a dict as of the CRF')
+    parser.add_argument('--out_prob', help='folder for the probabilities, NAME.npy: dicts as those of --out_crf of '
+                                           'infer_SEAM.py, of all classes')
     parser.add_argument('--resume', action='store_true',
                         help='keep finished files, in folders of the same settings; without it all are made anew')
     parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
@@ -128,7 +130,8 @@ def main(args):
     rank, ranks = get_rank()
     todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume)
     loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers)
-    errors = Errors(args.on_error, 'smaller --scales, --amp bf16')
+    errors = Errors(args.on_error, MEMORY_HELP)
+    space = SpaceCheck(folders, todo)
 
     # ----- inference -----
     with BoundedPool(choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
@@ -138,11 +141,14 @@ def main(args):
                     raise item
                 img = item[1].numpy()                                       # (H, W, 3)
                 prob = multi_scale_probability(net, img, args.scales, args.flip, device, args.amp)
+                if not np.isfinite(prob).all():
+                    raise BadInput(f'the probabilities of {name} are NaN (--weights {args.weights}, --amp {args.amp})')
                 pool.submit(write_results, prob, img, label_folder and label_folder.file(name),
                             prob_folder and prob_folder.file(name), args.crf == 'on', backend, device, name=name)
+                space.count_image()
     sys.exit(errors.report())
 
 
 if __name__ == '__main__':
-    with exit_on_bad_input():
+    with exit_on_bad_input(MEMORY_HELP):
         main(get_args_parser().parse_args())

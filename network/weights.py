@@ -107,8 +107,9 @@ def _describe_shape(name, theirs, ours, is_classifier):
     if not is_classifier or not theirs or theirs[1:] != ours[1:]:
         return f'{name} {tuple(theirs)} for {tuple(ours)}'
     without = ' (one for each class and none for the background, as in AffinityNet)' if theirs[0] == ours[0] - 1 else ''
+    advice = '; train_SEAM.py --reset_head starts with a new one' if name == 'fc8.weight' else ''
     return (f'{name} with {theirs[0]} outputs{without} for {ours[0]}, the background and {ours[0] - 1} classes '
-            '(--class_names); train_SEAM.py --reset_head starts with a new one')
+            f'(--class_names){advice}')
 
 
 def load_weights(net, path, new_heads=(), reset=()):

@@ -73,6 +73,17 @@ def test_images_without_ground_truth_and_without_crf(data, plain, tmp_path):
     assert Image.open(tmp_path / 'seg/2008_000006.png').size == Image.open(data / f'{TRUTH}/{name}.png').size
 
 
+def test_images_of_a_few_pixels(data, plain, tmp_path):
+    (tmp_path / 'JPEGImages').mkdir()
+    (tmp_path / 'list.txt').write_text('a\nb\n')
+    for name, size in (('a', (1, 1)), ('b', (40, 3))):
+        Image.new('RGB', size).save(tmp_path / f'JPEGImages/{name}.jpg')
+    done(run(data, 'infer_seg', '--network', NETWORK, '--weights', 'plain.pth', '--voc12_root', tmp_path,
+             '--infer_list', tmp_path / 'list.txt', '--scales', .1, 1, '--num_workers', 0, '--out_seg',
+             tmp_path / 'seg'))
+    assert [Image.open(tmp_path / f'seg/{name}.png').size for name in 'ab'] == [(1, 1), (40, 3)]
+
+
 def test_learns(data, tmp_path):
     """On drawings, in a few steps from random weights, the loss falls."""
     out = done(train(data, tmp_path / 'long', '--max_iters', 12, '--lr', .01, '--log_every', 1, '--scale_range', 1, 1))
