@@ -379,7 +379,7 @@ def main(args):
 
     if rank == 0:
         save_weights(net, args.session_name + '.pth')
-    if rank == 0 and args.classifier_only:      # what both training scripts take as --weights, in place of ImageNet's
+    if rank == 0 and args.classifier_only:      # what all training scripts take as --weights, in place of ImageNet's
         save_weights(net, args.session_name + '_backbone.pth', leave_out=net.new_heads)
     log(f'wrote {args.session_name}.pth')
 

@@ -44,6 +44,8 @@ class Network(nn.Module):
       checkpointing: while training, keep the inputs of `run` alone and compute the rest again in the backward pass:
         less memory, a fifth more operations;
       dropout: factor on all dropout rates.
+
+    `DeepLab` (network/deeplab.py) has its backbone as a part, for the names of its released weights.
     """
     new_heads = ()      # state-dict names of the weights that the head adds to the backbone, in module order
     classifier = ()     # those of them whose shape follows from the number of classes

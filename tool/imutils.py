@@ -127,8 +127,8 @@ def mirror_at_random(img, label):
 
 
 def rescale(img, factor, interpolation=cv2.INTER_CUBIC):
-    """(H, W[, C]) scaled by a factor: sides rounded half to even, samples exactly 1/factor apart, not smoothed. A factor
-    that would leave less than a pixel is enlarged."""
+    """(H, W[, C]) scaled by a factor: sides rounded half to even, samples exactly 1/factor apart, not smoothed. A
+    factor that would leave less than a pixel is enlarged."""
     factor = max(factor, 0.51 / min(img.shape[:2]))
     return cv2.resize(img, None, fx=factor, fy=factor, interpolation=interpolation)
 

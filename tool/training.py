@@ -23,7 +23,7 @@ MEMORY_HELP = ('--accum 2 or more, --checkpointing, --amp bf16, a smaller --batc
 
 
 def check_training_args(args):
-    """Raises BadInput for flags of both training scripts that cannot be."""
+    """Raises BadInput for flags of the training scripts that cannot be."""
     check_range(args, 1, 10 ** 6, 'batch_size', 'accum', 'save_every', 'log_every')
     check_range(args, 0, 256, 'num_workers')
     check_range(args, 0, 100, 'lr', 'wt_dec')
@@ -107,7 +107,8 @@ def report_progress(log, timer, batches, optimizer, step, means):
 
 # ----- checkpoints -----
 
-# what a resumed run may change without ending elsewhere, except for rounding
+# what a resumed run may change without ending elsewhere, except for rounding; with another `accum`, dropout draws other
+# masks, and a batch norm that trains sees other batches
 FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'log_every', 'tblog_dir', 'weights', 'reset_head', 'val_list',
                   'voc12_root', 'num_workers', 'device', 'deterministic', 'accum', 'checkpointing'}
 
