@@ -144,6 +144,8 @@ def main(args):
     if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads)
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
+    if from_scratch and args.freeze_bn:
+        raise BadInput('--freeze_bn needs --weights: random ones have no statistics to keep')
     net.to(device)
     last = args.session_name + '_last.pth'
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,

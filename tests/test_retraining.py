@@ -192,6 +192,11 @@ def test_flags_that_cannot_be(data, tmp_path, flags, words):
     refused(train(data, tmp_path / 'x', *flags), *words)
 
 
+def test_frozen_batch_norm_of_random_weights_is_refused(data, tmp_path):
+    refused(run(data, 'train_seg', '--train_list', LIST, '--label_dir', TRUTH, '--batch_size', 4, '--network', NETWORK,
+                '--freeze_bn', '--session_name', tmp_path / 'x'), '--freeze_bn', '--weights')
+
+
 def test_inference_without_outputs_and_with_other_weights(data, plain, tmp_path):
     flags = '--network', NETWORK, '--infer_list', LIST
     refused(run(data, 'infer_seg', *flags, '--weights', 'plain.pth'), '--out_seg', '--out_prob')
