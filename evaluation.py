@@ -88,7 +88,7 @@ def evaluate(names, args, thresholds):
 def add_to_log(path, text):
     """Raises BadInput where the log file cannot be written."""
     try:
-        with open(path, 'a', encoding='utf-8') as file:
+        with open(path, 'a', encoding='utf-8', errors='backslashreplace') as file:
             file.write(text)
     except OSError as error:
         raise BadInput(f'cannot write {path} (--logfile): {error.strerror}') from error
@@ -201,9 +201,7 @@ def check_args(args):
         raise BadInput('a curve, with or without --t_list, is made from score dicts: --type npy --curve True')
     if args.type == 'npy' and not args.curve and args.t is None:
         raise BadInput('--type npy needs a background score, --t, or --curve')
-    for name in ('t', 't_list'):
-        if getattr(args, name) is not None:
-            check_range(args, -1000, 1000, name)
+    check_range(args, -1000, 1000, 't', 't_list')
     if args.t_list and sorted(args.t_list) != args.t_list:
         raise BadInput('--t_list must ascend')
     check_range(args, 0, 256, 'num_workers')

@@ -190,7 +190,8 @@ def check_args(args):
     else:
         check_file(args.weights, '--weights')
     check_range(args, 0.01, 100, 'scales', 'crf_alpha')
-    check_range(args, 0, 256, 'num_workers')
+    check_range(args, -1000, 1000, 'out_cam_pred_alpha')
+    check_range(args, 0, 256, 'num_workers', 'crf_workers')
     if args.out_crf and len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
         raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
 

@@ -98,7 +98,7 @@ def check_args(args):
     if not (args.out_seg or args.out_prob):
         raise BadInput('nothing to write: give --out_seg or --out_prob')
     check_range(args, 0.01, 100, 'scales')
-    check_range(args, 0, 256, 'num_workers')
+    check_range(args, 0, 256, 'num_workers', 'crf_workers')
     check_file(args.weights, '--weights')
 
 

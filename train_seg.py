@@ -100,7 +100,6 @@ def check_args(args):
     check_range(args, 1, 10 ** 8, 'max_iters')
     check_range(args, 0, 255, 'hsv')
     check_range(args, 0.05, 20, 'scale_range')
-    check_range(args, 0, 1, 'momentum')
     if args.scale_range[0] > args.scale_range[1]:
         raise BadInput(f'--scale_range {args.scale_range}: the smaller value comes first')
     if args.sync_bn and (args.freeze_bn or get_rank()[1] == 1):

@@ -169,6 +169,13 @@ def test_a_full_disk_under_the_log_loses_no_result(data):
     assert (data / 'kept_confusion.csv').is_file()
 
 
+def test_a_comment_that_is_no_utf_8_loses_no_result(data):
+    byte = os.fsdecode(b'\xe9')             # as Python reads it from a command line
+    done(score_script(data, '--comment', 'caf' + byte))
+    assert 'caf\\udce9' in (data / 'evallog.txt').read_text(encoding='utf-8')
+    assert read_result(data / 'pred_result.csv')['comment'] == 'caf\\udce9'
+
+
 def test_a_csv_that_cannot_be_written_loses_no_result(data):
     (data / 'pred_result.csv').mkdir()
     result = score_script(data)

@@ -261,6 +261,11 @@ def test_bad_image_is_skipped_listed_and_told_by_the_exit_code(data, tmp_path, w
     assert result.returncode == 3 and len(list((tmp_path / 'rw').glob('*.png'))) == len(names) - 1
 
 
+@pytest.mark.parametrize('flags', [['--alpha', 'inf'], ['--alpha', -1], ['--crf', '--crf_workers', -1]])
+def test_flags_of_the_walk_out_of_range(data, tmp_path, flags):
+    refused(walk(data, '--out_rw', tmp_path / 'rw', *flags), flags[-2])
+
+
 def test_walk_of_nan_is_no_background(data, tmp_path):
     weights = torch.load(data / 'aff.pth', weights_only=True)
     weights['f9.weight'][0] = float('nan')

@@ -203,3 +203,13 @@ def test_inference_without_outputs_and_with_other_weights(data, plain, tmp_path)
     torch.save(resnet38d.SlimNet().state_dict(), tmp_path / 'other.pth')
     refused(run(data, 'infer_seg', *flags, '--weights', tmp_path / 'other.pth', '--out_seg', tmp_path / 'seg'),
             'other.pth', 'missing: conv_fov.weight')
+
+
+def test_probabilities_of_nan_are_no_background(data, tmp_path):
+    broken = weights(data / 'start.pth')
+    broken['backbone.bn7.running_var'] -= 2         # its root is NaN
+    torch.save(broken, tmp_path / 'broken.pth')
+    result = run(data, 'infer_seg', '--network', NETWORK, '--weights', tmp_path / 'broken.pth', '--infer_list', LIST,
+                 '--scales', 1, '--crf', 'off', '--out_seg', tmp_path / 'seg', '--num_workers', 0)
+    refused(result, 'NaN', '--weights', 'broken.pth')
+    assert not list((tmp_path / 'seg').glob('*.png'))

@@ -450,10 +450,16 @@ def test_network_of_the_other_stage(voc, pipeline):
 
 
 @pytest.mark.parametrize('flags', [['--batch_size', '0'], ['--resize_long', '40', '32'], ['--crop_size', '4'],
-                                   ['--num_workers', '-1'], ['--device', 'tpu']])
+                                   ['--num_workers', '-1'], ['--device', 'tpu'], ['--momentum', '-1'],
+                                   ['--momentum', 'nan'], ['--session_name', 'runs/']])
 def test_flags_out_of_range(voc, flags):
     set_list(voc, names_of(voc))
     refused(train(voc, *flags), flags[0])
+
+
+@pytest.mark.parametrize('flags', [['--crf_workers', '-1'], ['--out_cam_pred_alpha', 'nan']])
+def test_flags_of_inference_out_of_range(voc, pipeline, flags):
+    refused(infer(voc, pipeline, *flags), flags[0])
 
 
 @pytest.mark.parametrize('args, word', [(['--type', 'npy'], '--t'), (['--curve', 'True'], '--type npy')])

@@ -264,7 +264,8 @@ def test_checkpoint_that_is_none(data, plain, tmp_path, damage):
         path.write_bytes((data / 'plain_train_SEAM_last.pth').read_bytes()[:100000])
     elif damage == 'weights':
         path.write_bytes((data / 'plain_train_SEAM.pth').read_bytes())
-    refused(run(data, 'train_SEAM', *flags('train_SEAM', tmp_path / 'x', '--resume')), 'x_last.pth', '--resume')
+    words = ['go to --weights'] if damage == 'weights' else []
+    refused(run(data, 'train_SEAM', *flags('train_SEAM', tmp_path / 'x', '--resume')), 'x_last.pth', '--resume', *words)
 
 
 def test_failed_save_keeps_the_checkpoint_before(data, plain, monkeypatch, tmp_path):

@@ -89,10 +89,12 @@ def check_file(path, flag):
 
 
 def check_range(args, low, high, *names):
-    """Raises BadInput for the first of these flags (numbers, or lists of them) that is not in low..high."""
+    """Raises BadInput for the first of these flags (numbers, or lists of them) that is not in low..high. None passes:
+    the flag is not given."""
     for name in names:
         values = getattr(args, name)
-        if not all(low <= value <= high for value in (values if isinstance(values, list) else [values])):
+        numbers = values if isinstance(values, list) else [values]
+        if values is not None and not all(low <= number <= high for number in numbers):
             raise BadInput(f'--{name} must be from {low} to {high}, not {values}')
 
 

@@ -71,7 +71,7 @@ class Logger:
         if self._full:
             return
         try:
-            with open(self._session + end, 'a', encoding='utf-8') as file:
+            with open(self._session + end, 'a', encoding='utf-8', errors='backslashreplace') as file:
                 file.write(line + '\n')
         except OSError as error:
             self._full = True

@@ -23,7 +23,7 @@ from tool.lists import read_lines
 
 def write_text(path, text):
     with atomic_write(path) as file:
-        file.write(text.encode('utf-8'))
+        file.write(text.encode('utf-8', 'backslashreplace'))       # names of files may be no utf-8
 
 
 def write_csv(path, header, rows):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
 
@@ -27,11 +28,15 @@ def check_training_args(args):
     check_range(args, 1, 10 ** 6, 'batch_size', 'accum', 'save_every', 'log_every')
     check_range(args, 0, 256, 'num_workers')
     check_range(args, 0, 100, 'lr', 'wt_dec')
+    check_range(args, 0, 1, 'momentum')
     check_range(args, 0, 2 ** 63, 'seed')
     _, ranks = get_rank()
     if args.batch_size % (args.accum * ranks):
         raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
                        f' on each of {ranks} ranks')
+    if not os.path.basename(args.session_name):
+        raise BadInput(f'--session_name {args.session_name} ends in a folder; name the files in it: '
+                       f'{args.session_name}NAME')
     if args.weights:
         check_file(args.weights, '--weights')
 
@@ -153,6 +158,8 @@ def resume(path, net, optimizer, scaler, args, inputs):
     check_file(path, '--resume')
     try:
         checkpoint = load_tensors(path)
+        if 'optimizer' not in checkpoint:
+            raise ValueError('it has no state of the optimizer; weights alone go to --weights')
         before, read_before = checkpoint['args'], checkpoint.get('inputs', {})      # without these, paths are compared
         differ = [f'--{key} was {before[key]}' for key in vars(args) if key in before and key not in FREE_ON_RESUME
                   and key not in read_before and before[key] != getattr(args, key)]
