@@ -35,7 +35,7 @@ def grad_cam(net, x, plus):
     features = net.forward_as_dict(x)['conv6']                                     # (N, D, h, w)
     weight = net.fc8.weight[None, :, :, 0, 0]                                      # (1, 1+C, D)
     if plus:
-        # alpha = g^2 / (2 g^2 + sum(A) g^3), and only positive gradients count
+        # its weights are g^2 / (2 g^2 + g^3 sum(A)) for a gradient g, of which only positive ones count
         gradient = F.relu(weight) / features[0, 0].numel()
         weight = F.relu(weight) / (2 + features.sum(dim=(2, 3))[:, None] * gradient)
     return F.relu(torch.einsum('nkd,ndhw->nkhw', weight.expand(len(x), -1, -1), features))
