@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
-from network.weights import load_weights
+from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.devices import autocast, get_device, get_rank
@@ -208,10 +208,7 @@ def make_dataset(args, class_names):
 def load_network(args, num_classes, device):
     net = import_network(args.network, 'PCM', args.backbone)(
         num_classes=num_classes, pcm=args.pcm == 'on' and args.map == 'cam_rv')
-    load_weights(net, args.weights)
-    # faster on a CPU, by a fifth; not measured on GPUs
-    layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
-    return net.eval().to(device, memory_format=layout)
+    return load_trained(net, args.weights, device)
 
 
 def result_folders(args, class_names):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from network.weights import load_weights
+from network.weights import load_trained
 from tool import imutils
 from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network
 from tool.crf import Kernels, choose_crf_backend, choose_crf_workers, crf_inference, describe_crf
@@ -116,9 +116,7 @@ def main(args):
     # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=normalize)
     net = import_network(args.network, 'segments', args.backbone)(num_classes=len(class_names))
-    load_weights(net, args.weights)
-    layout = torch.channels_last if device.type == 'cpu' else torch.contiguous_format
-    net.eval().to(device, memory_format=layout)
+    load_trained(net, args.weights, device)
 
     # ----- outputs -----
     settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'amp')}

@@ -129,7 +129,7 @@ def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None
 
 
 @torch.no_grad()
-def fit_classifier(net, batches, decay=1e-3):
+def fit_classifier(net, batches, decay=1e-2):
     """Starts the classifier as a logistic regression on the mean features of images, the network as it is: a random one
     on a pretrained backbone needs hundreds of steps for that, and harms the backbone meanwhile.
 

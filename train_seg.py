@@ -63,6 +63,9 @@ def get_args_parser():
                                           'given: the ImageNet weights that timm has for its models, else random')
     parser.add_argument('--freeze_bn', action='store_true',
                         help='batch norm uses its running statistics; as published, it trains')
+    parser.add_argument('--bn_momentum', default=3e-4, type=float,
+                        help='share by which a step moves the running statistics; in a run much shorter than the '
+                             'published one they need more, such as 0.05')
     parser.add_argument('--sync_bn', action='store_true', help='batch norm over the whole batch of all ranks')
     # optimisation
     parser.add_argument('--batch_size', default=10, type=int, help='images per step, over all GPUs')
@@ -99,6 +102,7 @@ def check_args(args):
     check_range(args, 16, 10 ** 5, 'crop_size')
     check_range(args, 1, 10 ** 8, 'max_iters')
     check_range(args, 0, 255, 'hsv')
+    check_range(args, 0, 1, 'bn_momentum')
     check_range(args, 0.05, 20, 'scale_range')
     if args.scale_range[0] > args.scale_range[1]:
         raise BadInput(f'--scale_range {args.scale_range}: the smaller value comes first')
@@ -128,7 +132,8 @@ def main(args):
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'segments', args.backbone)(
-        num_classes=len(class_names), freeze_bn=args.freeze_bn, checkpointing=args.checkpointing)
+        num_classes=len(class_names), freeze_bn=args.freeze_bn, bn_momentum=args.bn_momentum,
+        checkpointing=args.checkpointing)
     if args.sync_bn and net.takes_backbone:
         raise BadInput(f'--sync_bn is not for {args.network}: the batch norms of timm have activations in them')
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases

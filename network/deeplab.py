@@ -4,15 +4,15 @@ from torch import nn
 
 from network.base import NORMS, Network
 
-BN_MOMENTUM = 3e-4      # published: how far a step moves the running statistics
+BN_MOMENTUM = 3e-4      # published, for 20,000 steps
 
 
 class DeepLab(Network):
     """A segmentation network: one dilated convolution on conv6 of `backbone`, a Network without a head.
 
     As published, nothing is frozen in training: batch norm normalises by the batch and moves its running statistics by
-    3e-4, in the backbone too; its gains and shifts are in no parameter group, so they stay what they were. With
-    `freeze_bn` all norms use their running statistics, which then stay too.
+    the share `bn_momentum` of a step, in the backbone too; its gains and shifts are in no parameter group, so they stay
+    what they were. With `freeze_bn` all norms use their running statistics, which then stay too.
     """
     new_heads = ('conv_fov.weight', 'bn_fov.weight', 'bn_fov.bias', 'bn_fov.running_mean', 'bn_fov.running_var',
                  'conv_fov2.weight', 'bn_fov2.weight', 'bn_fov2.bias', 'bn_fov2.running_mean', 'bn_fov2.running_var',
@@ -20,7 +20,7 @@ class DeepLab(Network):
     classifier = 'cls_conv.weight', 'cls_conv.bias'
     segments = True     # tells the kind of network
 
-    def __init__(self, backbone, num_classes=20, freeze_bn=False, checkpointing=False):
+    def __init__(self, backbone, num_classes=20, freeze_bn=False, bn_momentum=BN_MOMENTUM, checkpointing=False):
         super().__init__()
         self.backbone = backbone
         backbone.set_options(train_bn=True, checkpointing=checkpointing, dropout=1.0)
@@ -37,7 +37,7 @@ class DeepLab(Network):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = BN_MOMENTUM
+                module.momentum = bn_momentum
 
     def train(self, mode=True):
         """Sets the mode. Freezes nothing but, with `freeze_bn`, the running statistics of the norms. Returns self."""

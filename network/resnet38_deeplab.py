@@ -6,5 +6,5 @@ from network.deeplab import DeepLab
 class Net(DeepLab):
     """See `DeepLab`. `width`: of ResNet38, 64 in the paper's network."""
 
-    def __init__(self, num_classes=20, freeze_bn=False, checkpointing=False, width=64):
-        super().__init__(resnet38d.Net(width), num_classes, freeze_bn, checkpointing)
+    def __init__(self, num_classes=20, width=64, **options):
+        super().__init__(resnet38d.Net(width), num_classes, **options)

@@ -5,5 +5,5 @@ from network import resnet38_deeplab
 class Net(resnet38_deeplab.Net):
     """See `DeepLab`."""
 
-    def __init__(self, num_classes=20, freeze_bn=False, checkpointing=False):
-        super().__init__(num_classes, freeze_bn, checkpointing, width=16)
+    def __init__(self, num_classes=20, **options):
+        super().__init__(num_classes, width=16, **options)

@@ -8,8 +8,8 @@ class Net(DeepLab):
     """See `DeepLab`, `TimmBackbone`."""
     takes_backbone = True
 
-    def __init__(self, num_classes=20, freeze_bn=False, checkpointing=False, backbone=DEFAULT):
+    def __init__(self, num_classes=20, backbone=DEFAULT, freeze_bn=False, checkpointing=False, **options):
         if checkpointing and not freeze_bn:
             raise BadInput("--checkpointing with a network of timm counts each batch twice in batch norm: add "
                            "--freeze_bn")
-        super().__init__(TimmBackbone(backbone), num_classes, freeze_bn, checkpointing)
+        super().__init__(TimmBackbone(backbone), num_classes, freeze_bn, checkpointing=checkpointing, **options)

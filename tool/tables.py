@@ -134,7 +134,7 @@ def train(args, script, session, *flags):
 def infer(args, script, names, *flags):
     """Inference for a list of images."""
     resume = ['--resume'] if args.resume else []
-    run(script, *pass_on(args, *SHARED_FLAGS), '--infer_list', names, *args.infer, *flags, *resume)
+    run(script, *pass_on(args, *SHARED_FLAGS), '--infer_list', names, *flags, *resume)
 
 
 def make_toy(args):
@@ -158,7 +158,7 @@ def make_cams(args, names, train_flags='', infer_flags=''):
                     *pass_on(args, 'network', 'weights', 'cls_labels'), *args.train, *train_flags.split())
     folder = result_path(args, 'cam', train_flags, infer_flags)
     infer(args, 'infer_SEAM.py', names, '--weights', weights, *pass_on(args, 'network', 'cls_labels', 'scales'),
-          *infer_flags.split(), '--out_cam', folder)
+          *args.infer, *infer_flags.split(), '--out_cam', folder)
     return folder
 
 
@@ -172,14 +172,14 @@ def make_aff(args):
     """Step 4: AffinityNet, trained on the CRFs at the lowest and the highest alpha. Returns its weights."""
     make_crfs(args, args.list)
     to_score = set(load_img_name_list(args.list))
-    others = [name for name in load_img_name_list(args.train_list) if name not in to_score]
+    others = [name for name in load_img_name_list(args.aff_list or args.train_list) if name not in to_score]
     if others:
         names = result_path(args, 'others') + '.txt'
         write_text(names, ''.join(f'{name}.jpg\n' for name in others))      # with it, a name may have blanks
         make_crfs(args, names)
     low, high = (result_path(args, f'crf_{alpha:.1f}') for alpha in (args.alphas[0], args.alphas[-1]))
-    aff = argparse.Namespace(network=args.network_aff, weights=args.weights_aff)
-    return train(args, 'train_aff.py', result_path(args, 'aff'), *pass_on(aff, 'network', 'weights'),
+    aff = argparse.Namespace(network=args.network_aff, weights=args.weights_aff, train_list=args.aff_list)
+    return train(args, 'train_aff.py', result_path(args, 'aff'), *pass_on(aff, 'network', 'weights', 'train_list'),
                  '--la_crf_dir', low, '--ha_crf_dir', high, *args.train_aff)
 
 
@@ -278,6 +278,7 @@ def get_args_parser():
     # data
     parser.add_argument('--voc12_root', default='VOC2012', help='data root')
     parser.add_argument('--train_list', default='voc12/train_aug.txt', help='images to train on')
+    parser.add_argument('--aff_list', help='images to train AffinityNet on; not given: those of --train_list')
     parser.add_argument('--list', help='images to score; not given: ImageSets/Segmentation/train.txt of the data root')
     parser.add_argument('--val_list', help='images to score retrained networks on, which they have not trained on; not '
                                            'given: ImageSets/Segmentation/val.txt of the data root')
@@ -300,7 +301,7 @@ def get_args_parser():
     more = functools.partial(parser.add_argument, default=[], type=shlex.split, metavar='FLAGS')
     more('--train', help='more flags for train_SEAM.py: --train="--amp bf16 --accum 2"')
     more('--train_aff', help='for train_aff.py')
-    more('--infer', help='for infer_SEAM.py and infer_aff.py')
+    more('--infer', help='for infer_SEAM.py')
     more('--walk', help='for infer_aff.py')
     more('--train_seg', help='for train_seg.py')
     more('--seg', help='for infer_seg.py')

@@ -1,9 +1,10 @@
 """Writes a small synthetic data set in the exact layout of PASCAL VOC 2012.
 
 A miniature of weakly supervised segmentation, for trying the whole pipeline without VOC. An object is a
-small striking head, whose pattern alone gives the class away, and a larger plain body, whose colours and
-texture all classes share; some classes come often with a background kind of their own. So a plain classifier's
-CAM lights up on the heads (and somewhat on the background); reaching the bodies is left to the method.
+small striking head, whose pattern gives the class away, and a larger body in colours that all classes share, with a
+faint trace of that pattern, as the fur of an animal has; some classes come often with a background kind of their own.
+So a plain classifier's CAM lights up on the heads (and somewhat on the background); reaching the bodies, which look
+the same throughout, is left to the method.
 """
 import argparse
 import colorsys
@@ -35,6 +36,7 @@ BODY_COLOURS = np.array([
 BACKGROUND_COLOURS = np.array([
     (99, 128, 83), (109, 140, 171), (195, 180, 151), (147, 102, 89), (113, 113, 117), (224, 226, 232),
     (128, 112, 142)], np.float32)
+TRACE = .25                        # share of the head's pattern in the body
 MIN_CONTRAST = 60.                 # RGB distance of a body's colour from the colours of its background
 
 
@@ -115,6 +117,8 @@ def make_object(rng, k, length, head_radius, colour):
     # The weave, the same for all classes, and slow shading: bodies are calmer than any background.
     weave = 5 * np.sin(u * 1.6) * np.sin(v * 1.6) + 4 * smooth_noise(rng, *u.shape, 8)
     rgb = colour + (weave + rng.uniform(-14, 14) * u / long)[..., None]
+    tiles = (((axis / head_radius + 1) % 2) - 1 for axis in (u, v))
+    rgb += TRACE * (paint_head(k, *tiles)[0] - rgb)
     head_rgb, head = paint_head(k, (u - long * .95) / head_radius, v / head_radius)
     return np.where(head[..., None], head_rgb, rgb).astype(np.float32), body | head, head
 
