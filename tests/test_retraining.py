@@ -62,6 +62,13 @@ def test_chain_from_labels_to_a_score(data, plain, tmp_path):
              '--logfile', tmp_path / 'log.txt'))
 
 
+def test_running_statistics_of_a_short_run_follow_the_batches_with_a_larger_bn_momentum(data, plain):
+    done(train(data, 'quick', '--bn_momentum', .5))
+    quick, start = weights(data / 'quick.pth'), weights(data / 'start.pth')
+    moved, little = ((net['bn_fov.running_var'] - start['bn_fov.running_var']).abs().mean() for net in (quick, plain))
+    assert moved > 100 * little > 0
+
+
 def test_images_without_ground_truth_and_without_crf(data, plain, tmp_path):
     (tmp_path / 'JPEGImages').mkdir()
     name = names_of(data)[0]

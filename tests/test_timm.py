@@ -8,6 +8,7 @@ import torch
 import train_SEAM
 from network.resnet38_SEAM import Net as ResNet38
 from network.slim_SEAM import Net as SlimNet
+from network.weights import load_trained
 from test_scripts import done, names_of, refused, run
 from tool.cli import BadInput
 from tool.imutils import MEAN, STD
@@ -51,6 +52,16 @@ def test_heads_on_a_backbone(backbone):
     assert not any(parameter.requires_grad for name, parameter in net.named_parameters() if 'stages_0' in name)
     assert timm_aff.Net(backbone=backbone)(x).ndim == 3
     assert timm_deeplab.Net(4, backbone=backbone).eval()(x).shape == (2, 5, 65, 97)
+
+
+@needs_timm
+def test_layout_for_inference_on_a_cpu_follows_the_convolutions(tmp_path):
+    from network import timm_SEAM
+    for net, last in ((timm_SEAM.Net(), False), (SlimNet(), True)):
+        torch.save(net.state_dict(), tmp_path / 'net.pth')
+        net = load_trained(net, str(tmp_path / 'net.pth'), torch.device('cpu'))
+        weight = next(m.weight for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.weight[0, 0].numel() > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last) == last and not net.training
 
 
 @needs_timm

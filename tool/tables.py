@@ -164,8 +164,8 @@ def make_cams(args, names, train_flags='', infer_flags=''):
 
 def make_crfs(args, names):
     """The CRF of SEAM's CAMs of a list, at every alpha."""
-    infer(args, 'infer_SEAM.py', names, '--cam_dir', make_cams(args, names), '--out_crf', result_path(args, 'crf'),
-          '--crf_alpha', *args.alphas)
+    infer(args, 'infer_SEAM.py', names, '--cam_dir', make_cams(args, names), *args.infer,
+          '--out_crf', result_path(args, 'crf'), '--crf_alpha', *args.alphas)
 
 
 def make_aff(args):
