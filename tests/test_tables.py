@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
+import infer_SEAM
+import train_aff
+import train_SEAM
 from tool import lists, tables
 from tool.cli import BadInput
-from train_aff import get_args_parser
 
 
 @pytest.fixture
@@ -84,8 +86,7 @@ def test_affinitynet_can_have_a_list_of_its_own(commands, tmp_path):
     own = str(tmp_path / 'my data/ImageSets/Segmentation/train.txt')
     log = commands('--rows', 'random walk', '--aff_list', own)
     assert scripts(log).count('infer_SEAM.py') == 2         # of the images to score alone
-    train_aff = log[scripts(log).index('train_aff.py')]
-    flags = get_args_parser().parse_args(train_aff[1:])
+    flags = train_aff.get_args_parser().parse_args(log[scripts(log).index('train_aff.py')][1:])
     assert flags.train_list == own
 
 
@@ -146,6 +147,15 @@ def test_toy_has_the_demo_s_settings_and_flags_that_are_given_win(commands):
     infer = log[3]
     assert infer[infer.index('--scales') + 1] == '1.0' and 'network.slim_SEAM' in infer
     assert '--weights' not in log[1] and log[2][log[2].index('--weights') + 1].endswith('seed0/pretrained.pth')
+
+
+def test_lite0_has_settings_of_its_own_and_flags_are_added_to_them(commands):
+    log = commands('--lite0', '--weights', '--rows', 'SEAM', '--train=--lr 0.5 --max_epochs 3', '--scales', '1')
+    train = train_SEAM.get_args_parser().parse_args(log[0][1:])
+    assert (train.network, train.weights, train.fit_classifier) == ('network.timm_SEAM', None, True)
+    assert (train.lr, train.max_epoches, train.momentum) == (.5, 3, .9)
+    infer = infer_SEAM.get_args_parser().parse_args(log[1][1:])
+    assert (infer.scales, infer.flip) == ([1.], 0)
 
 
 def test_weights_without_a_value_are_left_to_the_network(commands):

@@ -2,6 +2,7 @@
 
     python tool/tables.py --table 1 --seeds 0 1 2                       baseline to random walk, as the paper's table 1
     python tool/tables.py --table all --toy                             all tables in miniature, on the demo's drawings
+    python tool/tables.py --lite0 --voc12_root ROOT --train_list LIST   with EfficientNet-Lite0, for a CPU
     python tool/tables.py --table 1 --rows SEAM walk --resume           some rows; finished work of before stays
 
 In --out, tables.csv has the numbers of each row and seed, tables.md their means and standard deviations; what training
@@ -54,9 +55,19 @@ SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone' 
 TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff',
        'network_seg': 'network.slim_deeplab', 'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0],
        'num_workers': 1,
-       'train': '--resize_long 64 112 --crop_size 64', 'train_aff': '--crop_size 128 --momentum 0.9 --max_epochs 5',
-       'walk': '--alpha 4 --beta 16 --logt 4',
-       'train_seg': '--crop_size 128 --batch_size 8 --max_iters 150 --lr 0.005', 'seg': '--scales 0.5 0.75 1'}
+       'train': '--resize_long 64 112 --crop_size 64'.split(),
+       'train_aff': '--crop_size 128 --momentum 0.9 --max_epochs 5'.split(),
+       'walk': '--alpha 4 --beta 16 --logt 4'.split(),
+       'train_seg': '--crop_size 128 --batch_size 8 --max_iters 150 --lr 0.005 --bn_momentum 0.05'.split(),
+       'seg': '--scales 0.5 0.75 1'.split()}
+# defaults with --lite0: photographs of VOC's size at half of it, a fitted classifier, about 130 steps of SEAM on 1,000
+LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'network_seg': 'network.timm_deeplab',
+         'weights': None, 'scales': [0.75, 1.0], 'alphas': [0.7, 4.0],
+         'train': '--fit_classifier --momentum 0.9 --lr 0.001 --dropout 0 --resize_long 128 224 --crop_size 128 '
+                  '--scale_factor 0.5 --max_epochs 1'.split(),
+         'train_aff': '--crop_size 192 --momentum 0.9 --lr 0.01 --max_epochs 2'.split(),
+         'infer': '--flip 0'.split(),
+         'walk': '--alpha 0.8 --logt 4'.split()}
 
 
 def list_rows(scales, alphas):
@@ -272,6 +283,8 @@ def get_args_parser():
     parser.add_argument('--rows', nargs='+', metavar='TEXT', help='only rows whose name has one of these texts in it')
     parser.add_argument('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
     parser.add_argument('--toy', action='store_true', help="the demo's drawings, networks and settings as defaults")
+    parser.add_argument('--lite0', action='store_true',
+                        help='the networks and settings of EfficientNet-Lite0 as defaults')
     parser.add_argument('--count', default=240, type=int, help='drawings, with --toy')
     parser.add_argument('--resume', action='store_true', help='finished work stays; without it all is made anew')
     parser.add_argument('--out', default='tables', help='folder of all results')
@@ -297,8 +310,8 @@ def get_args_parser():
                         help='CRF exponents; the lowest and the highest go to AffinityNet')
     parser.add_argument('--num_workers', default=8, type=int, help='of every script')
     parser.add_argument('--device', help='of every script that has a network')
-    # flags for the scripts
-    more = functools.partial(parser.add_argument, default=[], type=shlex.split, metavar='FLAGS')
+    # flags for the scripts; they come after those of --toy and --lite0, so they win
+    more = functools.partial(parser.add_argument, action='extend', default=[], type=shlex.split, metavar='FLAGS')
     more('--train', help='more flags for train_SEAM.py: --train="--amp bf16 --accum 2"')
     more('--train_aff', help='for train_aff.py')
     more('--infer', help='for infer_SEAM.py')
@@ -309,13 +322,12 @@ def get_args_parser():
 
 
 def parse_args():
-    """With --toy, the flags that are not given have the demo's values."""
+    """With --toy or --lite0, the flags that are not given have other defaults."""
     parser = get_args_parser()
     args = parser.parse_args()
-    if args.toy:
-        parser.set_defaults(**TOY)
-        args = parser.parse_args()
-    else:
+    parser.set_defaults(**(TOY if args.toy else LITE0 if args.lite0 else {}))
+    args = parser.parse_args()
+    if not args.toy:
         lists = os.path.join(args.voc12_root, 'ImageSets', 'Segmentation')
         args.list = args.list or os.path.join(lists, 'train.txt')
         args.val_list = args.val_list or os.path.join(lists, 'val.txt')
