@@ -1,41 +1,64 @@
 #!/usr/bin/env bash
-# The numbered steps of the README on drawings, on any machine. Writes the folder demo/ anew.
-#   bash tool/demo.sh [--seed N]     slim networks, trained here and now; ends with a table and demo/result.png
+# The numbered steps of the README on any machine. Writes the folder demo/ anew; ends with a table and demo/result.png.
+#   bash tool/demo.sh [--seed N]     on drawings, with slim networks that are trained here and now
 #   bash tool/demo.sh --full         the same steps with the full-width networks and a handful of iterations
 #   --class_names FILE               with class names of your own in place of VOC's, one a line
+#   bash tool/demo.sh --voc12_root ROOT [--count N] [--seed N]
+#                                    steps 1 to 6 by tool/tables.py --lite0, on the first N (200) photographs of ROOT's
+#                                    ImageSets/Segmentation/train.txt; labels of ROOT/cls_labels.npy, else of Annotations
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-seed=0 full= names=() kinds=(--classes 4)
+seed=0 full= root= photographs=200 names=() kinds=(--classes 4)
 while [ $# -gt 0 ]; do
     case "$1" in
         --seed) seed=$2; shift 2 ;;
         --full) full=1; shift ;;
         --class_names) names=(--class_names "$2") kinds=("${names[@]}"); shift 2 ;;
-        *) echo "usage: bash tool/demo.sh [--seed N] [--full] [--class_names FILE]" >&2; exit 2 ;;
+        --voc12_root) root=$2; shift 2 ;;
+        --count) photographs=$2; shift 2 ;;
+        *) sed -n '2,9s/^# //p' tool/demo.sh >&2; exit 2 ;;
     esac
 done
 source tool/setup.sh
 export TQDM_MININTERVAL=5
+# glibc gives large blocks back after every step; asking for them again takes up to a third of a CPU's time
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
+
+out=demo
+rm -rf $out
+mkdir $out
+step() { printf '\n===== %s\n' "$1"; }
+run() { echo "+ python $*"; "$PYTHON" "$@"; }
+
+if [ -n "$root" ]; then
+    head -n "$photographs" "$root/ImageSets/Segmentation/train.txt" > $out/list.txt
+    labels=()
+    [ ! -f "$root/cls_labels.npy" ] || labels=(--cls_labels "$root/cls_labels.npy")
+    epochs=$((1000 / photographs + 1))              # 130 steps or a few more
+    run tool/tables.py --lite0 --voc12_root "$root" --list $out/list.txt --train_list $out/list.txt \
+        ${names[@]+"${names[@]}"} ${labels[@]+"${labels[@]}"} --seeds "$seed" --out $out --num_workers 1 \
+        --rows baseline SEAM CRF walk --train="--max_epochs $epochs" --train_aff="--max_epochs $epochs"
+    run tool/visualization.py --voc12_root "$root" --list $out/list.txt --out $out/result.png \
+        --cam_dir $out/seed$seed/cam_classifier_only_map_cam $out/seed$seed/cam \
+        --crf_dir $out/seed$seed/crf_0.7 --label_dir $out/seed$seed/walk
+    echo "$((SECONDS / 60)) min $((SECONDS % 60)) s; the picture: $out/result.png"
+    exit
+fi
 
 if [ -z "$full" ]; then
-    seam=network.slim_SEAM aff=network.slim_aff count=240 pretrain_epochs=25 seam_epochs=8 aff_epochs=5 batch=8
+    net=slim count=160 pretrain_epochs=25 seam_epochs=8 aff_epochs=5 seg_steps=50 batch=8
 else
-    seam=network.resnet38_SEAM aff=network.resnet38_aff count=12 pretrain_epochs=1 seam_epochs=1 aff_epochs=1 batch=4
+    net=resnet38 count=12 pretrain_epochs=1 seam_epochs=1 aff_epochs=1 seg_steps=1 batch=4
 fi
-out=demo
+seam=network.${net}_SEAM aff=network.${net}_aff seg=network.${net}_deeplab
 data=(--voc12_root $out/VOC2012 --num_workers 1 ${names[@]+"${names[@]}"})
-list=$out/VOC2012/ImageSets/Segmentation/train.txt
+list=$out/VOC2012/ImageSets/Segmentation/train.txt val=$out/VOC2012/ImageSets/Segmentation/val.txt
 train=(--train_list $list "${data[@]}" --seed "$seed")
 infer=(--infer_list $list "${data[@]}")
 crop=(--resize_long 64 112 --crop_size 64)      # as the paper's 448..768 and 448, a seventh
 scales="0.25 0.5 0.75"                          # so that the network sees objects about as large as in training
-rm -rf $out
-mkdir $out
-
-step() { printf '\n===== %s\n' "$1"; }
-run() { echo "+ python $*"; "$PYTHON" "$@"; }
 score() {
-    run evaluation.py --list $list --gt_dir $out/VOC2012/SegmentationClass --logfile $out/evallog.txt \
+    run evaluation.py --gt_dir $out/VOC2012/SegmentationClass --logfile $out/evallog.txt \
         ${names[@]+"${names[@]}"} "$@"
 }
 
@@ -56,12 +79,12 @@ run infer_SEAM.py "${infer[@]}" --network $seam --weights $out/seam.pth --scales
 
 step "3. SEAM evaluation: the curve of mIoU over the background score"
 run tool/report.py trivial --cam_dir $out/cam --out_dir $out/trivial
-score --predict_dir $out/trivial/background --comment "trivial: all background" > /dev/null
-score --predict_dir $out/trivial/labels --comment "trivial: the label everywhere" > /dev/null
-score --predict_dir $out/plain_cam --type npy --curve True --comment "plain CAM" | grep "^best"
-score --predict_dir $out/cam --type npy --curve True --comment "SEAM CAM"
+score --list $list --predict_dir $out/trivial/background --comment "trivial: all background" > /dev/null
+score --list $list --predict_dir $out/trivial/labels --comment "trivial: the label everywhere" > /dev/null
+score --list $list --predict_dir $out/plain_cam --type npy --curve True --comment "plain CAM" | grep "^best"
+score --list $list --predict_dir $out/cam --type npy --curve True --comment "SEAM CAM"
 for alpha in 2 4 8; do
-    score --predict_dir $out/crf_$alpha.0 --type crf --comment "SEAM CAM + CRF, alpha $alpha"
+    score --list $list --predict_dir $out/crf_$alpha.0 --type crf --comment "SEAM CAM + CRF, alpha $alpha"
 done
 
 step "4. AffinityNet training"
@@ -75,7 +98,17 @@ run infer_aff.py "${infer[@]}" --network $aff --weights $out/aff.pth --cam_dir $
     --alpha 4 --beta 16 --logt 4 --out_rw $out/rw
 
 step "6. Random walk evaluation"
-score --predict_dir $out/rw --type png --comment "random walk"
+score --list $list --predict_dir $out/rw --type png --comment "random walk"
+
+for labels in rw VOC2012/SegmentationClass; do
+    step "7. to 9. Retraining on $labels, and its labels of images that no step has seen"
+    run train_seg.py "${train[@]}" --label_dir $out/$labels --network $seg --weights $out/pretrained_backbone.pth \
+        --crop_size 128 --lr 0.005 --bn_momentum 0.05 --batch_size $batch --max_iters $seg_steps \
+        --session_name $out/seg_$(basename $labels)
+    run infer_seg.py "${data[@]}" --infer_list $val --network $seg --weights $out/seg_$(basename $labels).pth \
+        --scales 0.5 0.75 --out_seg $out/seg_$(basename $labels)
+    score --list $val --predict_dir $out/seg_$(basename $labels) --type png --comment "val: retrained on $labels"
+done
 
 step "Result, seed $seed, $((SECONDS / 60)) min $((SECONDS % 60)) s"
 run tool/report.py table --logfile $out/evallog.txt
