@@ -40,7 +40,7 @@ if [ -n "$root" ]; then
         --rows baseline SEAM CRF walk --train="--max_epochs $epochs" --train_aff="--max_epochs $epochs"
     run tool/visualization.py --voc12_root "$root" --list $out/list.txt --out $out/result.png \
         --cam_dir $out/seed$seed/cam_classifier_only_map_cam $out/seed$seed/cam \
-        --crf_dir $out/seed$seed/crf_0.7 --label_dir $out/seed$seed/walk
+        --crf_dir $out/seed$seed/crf_1.1 --label_dir $out/seed$seed/walk
     echo "$((SECONDS / 60)) min $((SECONDS % 60)) s; the picture: $out/result.png"
     exit
 fi

@@ -62,12 +62,12 @@ TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 
        'seg': '--scales 0.5 0.75 1'.split()}
 # defaults with --lite0: photographs of VOC's size at half of it, a fitted classifier, about 130 steps of SEAM on 1,000
 LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'network_seg': 'network.timm_deeplab',
-         'weights': None, 'scales': [0.75, 1.0], 'alphas': [0.7, 4.0],
+         'weights': None, 'scales': [0.75, 1.0], 'alphas': [0.7, 1.1, 4.0],
          'train': '--fit_classifier --momentum 0.9 --lr 0.001 --dropout 0 --resize_long 128 224 --crop_size 128 '
                   '--scale_factor 0.5 --max_epochs 1'.split(),
          'train_aff': '--crop_size 192 --momentum 0.9 --lr 0.01 --max_epochs 2'.split(),
          'infer': '--flip 0'.split(),
-         'walk': '--alpha 0.8 --logt 4'.split()}
+         'walk': '--alpha 1.1 --logt 4'.split()}
 
 
 def list_rows(scales, alphas):
