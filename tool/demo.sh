@@ -4,8 +4,8 @@
 #   bash tool/demo.sh --full         the same steps with the full-width networks and a handful of iterations
 #   --class_names FILE               with class names of your own in place of VOC's, one a line
 #   bash tool/demo.sh --voc12_root ROOT [--count N] [--seed N]
-#                                    steps 1 to 6 by tool/tables.py --lite0, on the first N (200) photographs of ROOT's
-#                                    ImageSets/Segmentation/train.txt; labels of ROOT/cls_labels.npy, else of Annotations
+#       on photographs: steps 1 to 6 by tool/tables.py --lite0 on the first N (200) of ROOT's
+#       ImageSets/Segmentation/train.txt; labels of ROOT/cls_labels.npy, else of Annotations
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seed=0 full= root= photographs=200 names=() kinds=(--classes 4)
@@ -21,8 +21,6 @@ while [ $# -gt 0 ]; do
 done
 source tool/setup.sh
 export TQDM_MININTERVAL=5
-# glibc gives large blocks back after every step; asking for them again takes up to a third of a CPU's time
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
 
 out=demo
 rm -rf $out

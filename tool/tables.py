@@ -67,7 +67,9 @@ LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'net
                   '--scale_factor 0.5 --max_epochs 1'.split(),
          'train_aff': '--crop_size 192 --momentum 0.9 --lr 0.01 --max_epochs 2'.split(),
          'infer': '--flip 0'.split(),
-         'walk': '--alpha 1.1 --logt 4'.split()}
+         'walk': '--alpha 1.1 --logt 4'.split(),
+         'train_seg': '--crop_size 192 --batch_size 8 --max_iters 80 --lr 0.002 --bn_momentum 0.05'.split(),
+         'seg': '--scales 0.5 0.75'.split()}
 
 
 def list_rows(scales, alphas):
@@ -370,7 +372,8 @@ def check_args(args):
         if len(set(values)) < len(values):
             raise BadInput(f'--{name} {" ".join(map(str, values))}: each only once')
     if not args.toy:
-        for name in ['list', 'train_list'] + ['val_list'] * ('retrain' in args.table):
+        lists = ['list', 'train_list'] + ['val_list'] * ('retrain' in args.table)
+        for name in lists + ['aff_list'] * bool(args.aff_list):
             load_img_name_list(getattr(args, name), '--' + name)
         check_dir(os.path.join(args.voc12_root, GT_FOLDER), '--voc12_root')
         if args.weights:
