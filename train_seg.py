@@ -64,8 +64,8 @@ def get_args_parser():
     parser.add_argument('--freeze_bn', action='store_true',
                         help='batch norm uses its running statistics; as published, it trains')
     parser.add_argument('--bn_momentum', default=3e-4, type=float,
-                        help='share by which a step moves the running statistics; in a run much shorter than the '
-                             'published one they need more, such as 0.05')
+                        help='share by which a step moves the running statistics; a run much shorter than the '
+                             'published one needs more, such as 0.05')
     parser.add_argument('--sync_bn', action='store_true', help='batch norm over the whole batch of all ranks')
     # optimisation
     parser.add_argument('--batch_size', default=10, type=int, help='images per step, over all GPUs')

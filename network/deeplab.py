@@ -4,15 +4,15 @@ from torch import nn
 
 from network.base import NORMS, Network
 
-BN_MOMENTUM = 3e-4      # published, for 20,000 steps
+BN_MOMENTUM = 3e-4      # published, for 20,000 steps: share by which a step moves the running statistics
 
 
 class DeepLab(Network):
     """A segmentation network: one dilated convolution on conv6 of `backbone`, a Network without a head.
 
-    As published, nothing is frozen in training: batch norm normalises by the batch and moves its running statistics by
-    the share `bn_momentum` of a step, in the backbone too; its gains and shifts are in no parameter group, so they stay
-    what they were. With `freeze_bn` all norms use their running statistics, which then stay too.
+    As published, nothing is frozen in training: batch norm normalises by the batch, and a step moves its running
+    statistics by the share `bn_momentum`, in the backbone too; its gains and shifts are in no parameter group, so they
+    stay what they were. With `freeze_bn` all norms use their running statistics, which then stay too.
     """
     new_heads = ('conv_fov.weight', 'bn_fov.weight', 'bn_fov.bias', 'bn_fov.running_mean', 'bn_fov.running_var',
                  'conv_fov2.weight', 'bn_fov2.weight', 'bn_fov2.bias', 'bn_fov2.running_mean', 'bn_fov2.running_var',

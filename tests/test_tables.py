@@ -18,6 +18,8 @@ def commands(tmp_path, monkeypatch):
     root = tmp_path / 'my data'
     (root / 'ImageSets/Segmentation').mkdir(parents=True)
     (root / 'SegmentationClass').mkdir()
+    for name in 'ab':
+        (root / f'SegmentationClass/{name}.png').write_text('')
     (root / 'ImageSets/Segmentation/train.txt').write_text('a\nb\n')
     (root / 'aug.txt').write_text('a\nb\nc\n')
     (root / 'start.pth').write_text('')
@@ -159,6 +161,13 @@ def test_lite0_has_settings_of_its_own_and_flags_are_added_to_them(commands):
     assert (infer.scales, infer.flip) == ([1.], 0)
 
 
+@pytest.mark.parametrize('flags', [('--lite0',), ('--aff_list', 'list.txt')])
+def test_toy_has_its_own_settings_and_images(commands, flags, capsys):
+    with pytest.raises(SystemExit):
+        commands('--toy', *flags)
+    assert '--toy has its own' in capsys.readouterr().err
+
+
 def test_weights_without_a_value_are_left_to_the_network(commands):
     assert '--weights' not in commands('--rows', 'baseline', '--weights')[0]
 
@@ -174,8 +183,8 @@ def test_bad_flags_are_refused_before_anything_runs(commands, flags, word):
 
 
 def test_missing_masks_are_noticed_before_anything_runs(commands, tmp_path):
-    (tmp_path / 'my data/SegmentationClass').rmdir()
-    with pytest.raises(BadInput, match='no such folder: .*SegmentationClass .--voc12_root'):
+    (tmp_path / 'my data/SegmentationClass/b.png').unlink()
+    with pytest.raises(BadInput, match='no such file: .*SegmentationClass/b.png .--voc12_root'):
         commands()
     assert not commands.log
 

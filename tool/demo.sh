@@ -4,11 +4,11 @@
 #   bash tool/demo.sh --full         the same steps with the full-width networks and a handful of iterations
 #   --class_names FILE               with class names of your own in place of VOC's, one a line
 #   bash tool/demo.sh --voc12_root ROOT [--count N] [--seed N]
-#       on photographs: steps 1 to 6 by tool/tables.py --lite0 on the first N (200) of ROOT's
+#       on photographs, needs timm: steps 1 to 6 by tool/tables.py --lite0 on the first N (200) of ROOT's
 #       ImageSets/Segmentation/train.txt; labels of ROOT/cls_labels.npy, else of Annotations
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-seed=0 full= root= photographs=200 names=() kinds=(--classes 4)
+seed=0 full= root= photographs= names=() kinds=(--classes 4)
 while [ $# -gt 0 ]; do
     case "$1" in
         --seed) seed=$2; shift 2 ;;
@@ -19,25 +19,39 @@ while [ $# -gt 0 ]; do
         *) sed -n '2,9s/^# //p' tool/demo.sh >&2; exit 2 ;;
     esac
 done
+out=demo
+stop() { echo "$1" >&2; exit 2; }
+if [ -n "$root" ]; then
+    all=$root/ImageSets/Segmentation/train.txt photographs=${photographs:-200}
+    [ -z "$full" ] || stop "--full is for drawings, without --voc12_root"
+    [ -f "$all" ] || stop "no such file: $all (--voc12_root, from the repository)"
+    [[ $photographs =~ ^[1-9][0-9]*$ && $photographs -ge 8 ]] || stop "--count $photographs: 8 or more"
+    case "$(cd "$root" && pwd -P)/" in
+        "$(pwd -P)/$out/"*) stop "$root (--voc12_root) lies in $out, which is written anew" ;;
+    esac
+elif [ -n "$photographs" ]; then
+    stop "--count is for photographs, with --voc12_root"
+fi
 source tool/setup.sh
 export TQDM_MININTERVAL=5
 
-out=demo
 rm -rf $out
 mkdir $out
 step() { printf '\n===== %s\n' "$1"; }
 run() { echo "+ python $*"; "$PYTHON" "$@"; }
 
 if [ -n "$root" ]; then
-    head -n "$photographs" "$root/ImageSets/Segmentation/train.txt" > $out/list.txt
-    labels=()
-    [ ! -f "$root/cls_labels.npy" ] || labels=(--cls_labels "$root/cls_labels.npy")
-    epochs=$((1000 / photographs + 1))              # 130 steps or a few more
+    grep . "$all" | head -n "$photographs" > $out/list.txt || true       # grep may find head gone
+    steps=$(($(wc -l < $out/list.txt) / 8))         # of an epoch
+    [ $steps -gt 0 ] || stop "$all (--voc12_root) has fewer than 8 images, a batch"
+    epochs=$(((130 + steps / 2) / steps))           # about 130 steps
+    [ $epochs -gt 0 ] || epochs=1
     run tool/tables.py --lite0 --voc12_root "$root" --list $out/list.txt --train_list $out/list.txt \
-        ${names[@]+"${names[@]}"} ${labels[@]+"${labels[@]}"} --seeds "$seed" --out $out --num_workers 1 \
+        ${names[@]+"${names[@]}"} --cls_labels "$root/cls_labels.npy" --seeds "$seed" --out $out --num_workers 1 \
         --rows baseline SEAM CRF walk --train="--max_epochs $epochs" --train_aff="--max_epochs $epochs"
+    ln -s cam_classifier_only_map_cam $out/seed$seed/plain_cam          # a short title
     run tool/visualization.py --voc12_root "$root" --list $out/list.txt --out $out/result.png \
-        --cam_dir $out/seed$seed/cam_classifier_only_map_cam $out/seed$seed/cam \
+        --cam_dir $out/seed$seed/plain_cam $out/seed$seed/cam \
         --crf_dir $out/seed$seed/crf_1.1 --label_dir $out/seed$seed/walk
     echo "$((SECONDS / 60)) min $((SECONDS % 60)) s; the picture: $out/result.png"
     exit

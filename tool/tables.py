@@ -25,7 +25,7 @@ import sys
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, make_dir
+from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, make_dir
 from tool.files import file_digest
 from tool.lists import load_img_name_list
 from tool.outputs import SETTINGS, read_settings
@@ -51,7 +51,7 @@ PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_cl
 FREE_FLAGS = 'table', 'rows', 'seeds', 'resume', 'out', 'voc12_root', 'num_workers', 'device'   # may change on resume
 SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone'     # of all scripts with a network
 
-# defaults with --toy: the demo's; the affinity network needs larger crops than SEAM on such small images
+# defaults with --toy: the demo's, with more drawings and a longer retraining; AffinityNet needs larger crops than SEAM
 TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff',
        'network_seg': 'network.slim_deeplab', 'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0],
        'num_workers': 1,
@@ -60,7 +60,7 @@ TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 
        'walk': '--alpha 4 --beta 16 --logt 4'.split(),
        'train_seg': '--crop_size 128 --batch_size 8 --max_iters 150 --lr 0.005 --bn_momentum 0.05'.split(),
        'seg': '--scales 0.5 0.75 1'.split()}
-# defaults with --lite0: photographs of VOC's size at half of it, a fitted classifier, about 130 steps of SEAM on 1,000
+# defaults with --lite0: for photographs of VOC's size, in training at less than half of it; 130 steps on 1,040 of them
 LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'network_seg': 'network.timm_deeplab',
          'weights': None, 'scales': [0.75, 1.0], 'alphas': [0.7, 1.1, 4.0],
          'train': '--fit_classifier --momentum 0.9 --lr 0.001 --dropout 0 --resize_long 128 224 --crop_size 128 '
@@ -284,9 +284,11 @@ def get_args_parser():
                         choices=['1', 'retrain', 'refinement', 'activation', 'scale', 'transform', 'all'])
     parser.add_argument('--rows', nargs='+', metavar='TEXT', help='only rows whose name has one of these texts in it')
     parser.add_argument('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
-    parser.add_argument('--toy', action='store_true', help="the demo's drawings, networks and settings as defaults")
+    parser.add_argument('--toy', action='store_true',
+                        help='drawings as those of the demo, its networks and settings as defaults')
     parser.add_argument('--lite0', action='store_true',
-                        help='the networks and settings of EfficientNet-Lite0 as defaults')
+                        help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with '
+                             'another number of them add --train="--max_epochs N" and the same to --train_aff')
     parser.add_argument('--count', default=240, type=int, help='drawings, with --toy')
     parser.add_argument('--resume', action='store_true', help='finished work stays; without it all is made anew')
     parser.add_argument('--out', default='tables', help='folder of all results')
@@ -327,6 +329,8 @@ def parse_args():
     """With --toy or --lite0, the flags that are not given have other defaults."""
     parser = get_args_parser()
     args = parser.parse_args()
+    if args.toy and (args.lite0 or args.aff_list):
+        parser.error('--toy has its own settings and images: no --lite0, no --aff_list')
     parser.set_defaults(**(TOY if args.toy else LITE0 if args.lite0 else {}))
     args = parser.parse_args()
     if not args.toy:
@@ -375,7 +379,8 @@ def check_args(args):
         lists = ['list', 'train_list'] + ['val_list'] * ('retrain' in args.table)
         for name in lists + ['aff_list'] * bool(args.aff_list):
             load_img_name_list(getattr(args, name), '--' + name)
-        check_dir(os.path.join(args.voc12_root, GT_FOLDER), '--voc12_root')
+        for name in load_img_name_list(args.list):
+            check_file(os.path.join(args.voc12_root, GT_FOLDER, name + '.png'), '--voc12_root')
         if args.weights:
             check_file(args.weights, '--weights')
 

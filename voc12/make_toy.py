@@ -2,9 +2,9 @@
 
 A miniature of weakly supervised segmentation, for trying the whole pipeline without VOC. An object is a
 small striking head, whose pattern gives the class away, and a larger body in colours that all classes share, with a
-faint trace of that pattern, as the fur of an animal has; some classes come often with a background kind of their own.
-So a plain classifier's CAM lights up on the heads (and somewhat on the background); reaching the bodies, which look
-the same throughout, is left to the method.
+faint trace of the head's pattern and colours all over, as the fur of an animal has; some classes come often with a
+background kind of their own. So a plain classifier's CAM lights up on the heads (and somewhat on the background);
+reaching the bodies is left to the method.
 """
 import argparse
 import colorsys
@@ -37,7 +37,7 @@ BACKGROUND_COLOURS = np.array([
     (99, 128, 83), (109, 140, 171), (195, 180, 151), (147, 102, 89), (113, 113, 117), (224, 226, 232),
     (128, 112, 142)], np.float32)
 TRACE = .25                        # share of the head's pattern in the body
-MIN_CONTRAST = 60.                 # RGB distance of a body's colour from the colours of its background
+MIN_CONTRAST = 60.                 # RGB distance of a body's colour, without the trace, from those of its background
 
 
 def smooth_noise(rng, h, w, cell):
@@ -114,9 +114,10 @@ def make_object(rng, k, length, head_radius, colour):
     power = rng.uniform(1.8, 2.4) + .6 * (k % 2)             # mild class differences of the outline
     wobble = 1 + .09 * np.sin(int(rng.integers(2, 5)) * np.arctan2(v, u) + rng.uniform(0, 6))
     body = abs(u / long) ** power + abs(v / short) ** power < wobble
-    # The weave, the same for all classes, and slow shading: bodies are calmer than any background.
+    # the weave, the same for all classes, and slow shading; then the trace of the class
     weave = 5 * np.sin(u * 1.6) * np.sin(v * 1.6) + 4 * smooth_noise(rng, *u.shape, 8)
     rgb = colour + (weave + rng.uniform(-14, 14) * u / long)[..., None]
+    # coordinates of paint_head, -1..1 over and over: its pattern in tiles of the head's size
     tiles = (((axis / head_radius + 1) % 2) - 1 for axis in (u, v))
     rgb += TRACE * (paint_head(k, *tiles)[0] - rgb)
     head_rgb, head = paint_head(k, (u - long * .95) / head_radius, v / head_radius)
