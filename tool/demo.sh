@@ -58,7 +58,7 @@ if [ -n "$root" ]; then
 fi
 
 if [ -z "$full" ]; then
-    net=slim count=160 pretrain_epochs=25 seam_epochs=8 aff_epochs=5 seg_steps=40 batch=8
+    net=slim count=160 pretrain_epochs=25 seam_epochs=8 aff_epochs=5 seg_steps=50 batch=8
 else
     net=resnet38 count=12 pretrain_epochs=1 seam_epochs=1 aff_epochs=1 seg_steps=1 batch=4
 fi
@@ -115,7 +115,7 @@ score --list $list --predict_dir $out/rw --type png --comment "random walk"
 for labels in rw VOC2012/SegmentationClass; do
     step "7. to 9. Retraining on $labels, and its labels of images that no step has seen"
     run train_seg.py "${train[@]}" --label_dir $out/$labels --network $seg --weights $out/pretrained_backbone.pth \
-        --crop_size 96 --lr 0.005 --bn_momentum 0.05 --batch_size $batch --max_iters $seg_steps \
+        --crop_size 128 --lr 0.005 --bn_momentum 0.05 --batch_size $batch --max_iters $seg_steps \
         --session_name $out/seg_$(basename $labels)
     run infer_seg.py "${data[@]}" --infer_list $val --network $seg --weights $out/seg_$(basename $labels).pth \
         --scales 0.5 0.75 --out_seg $out/seg_$(basename $labels)
