@@ -17,8 +17,8 @@ NOT_OFFICIAL = ("not the official SegmentationClass files, perhaps SBD's or Segm
 def mask_form(path):
     """(mode, whether it is P with VOC's colours) of a mask, from the header alone. A shorter palette may be a part
     of VOC's. Raises BadInput."""
-    def look(img):
-        return img.mode, img.mode == 'P' and VOC_COLOURS.startswith(img.palette.tobytes())
+    def look(img):      # tobytes() of a palette from a header is an error before Pillow 13
+        return img.mode, img.mode == 'P' and VOC_COLOURS.startswith(img.palette.getdata()[1])
     return decode_image(path, f'the header of {path} as PNG', look, ('PNG',))
 
 
