@@ -12,7 +12,6 @@ from tool import devices
 from tool.affinity_pairs import fit_radius
 
 fake_tensor = pytest.importorskip('torch._subclasses.fake_tensor')
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='a real GPU does this better')
 
 
 @pytest.fixture(autouse=True)
