@@ -54,10 +54,10 @@ def random_walk(scores, aff, radius, beta, logt):
     columns = torch.cat([ind_to, ind_from, diagonal])
     values = torch.cat([aff.reshape(-1), aff.reshape(-1), aff.new_ones(h * w)]) ** beta
     values = values / values.new_zeros(h * w).index_add(0, columns, values)[columns]
-    # transposed, so that a step is `matrix @ scores`
-    matrix = torch.sparse_coo_tensor(torch.stack([columns, rows]), values, (h * w, h * w), check_invariants=False)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Sparse')         # CSR is called beta, whatever its use
+        warnings.filterwarnings('ignore', 'Sparse')         # CSR is called beta, whatever its use; checks are off
+        # transposed, so that a step is `matrix @ scores`
+        matrix = torch.sparse_coo_tensor(torch.stack([columns, rows]), values, (h * w, h * w), check_invariants=False)
         matrix = matrix.to_sparse_csr()
     scores = scores.reshape(k, -1).T                                    # (hw, K)
     for _ in range(2 ** logt):
