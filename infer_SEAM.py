@@ -275,7 +275,8 @@ def main(args):
                     raise item
                 if args.cam_dir:
                     orig_img = item[1].numpy()
-                    cam_dict = score_files.load_cams(args.cam_dir, name, orig_img.shape[:2], len(class_names))
+                    cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', orig_img.shape[:2],
+                                                        len(class_names))
                 else:
                     orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
                     _, views, label = item

@@ -65,16 +65,10 @@ def random_walk(scores, aff, radius, beta, logt):
     return scores.T.reshape(k, h, w)
 
 
-def crf_disagreement(name, folders, size):
+def crf_disagreement(name, folders, size, num_classes):
     """bool, of size (H, W): where the labels of two CRF folders differ. Raises BadInput for files that do not fit."""
-    labels = []
-    for folder in folders:
-        path = os.path.join(folder, name + '.npy')
-        scores = score_files.load_scores(path, '--ignore_crf', 'crf')
-        if not scores or next(iter(scores.values())).shape != size:
-            raise BadInput(f'{path} (--ignore_crf) does not fit the image, which is {size[0]}x{size[1]}')
-        labels.append(score_files.strongest_label(scores))
-    return labels[0] != labels[1]
+    low, high = (score_files.load_fitting(folder, name, '--ignore_crf', 'crf', size, num_classes) for folder in folders)
+    return score_files.strongest_label(low) != score_files.strongest_label(high)
 
 
 def refine_with_crf(scores, present, img, num_classes, backend, device):
@@ -231,10 +225,10 @@ def main(args):
                     raise item
                 img = item[1]                                               # (3, H, W)
                 h, w = img.shape[1:]
-                cam_dict = score_files.load_cams(args.cam_dir, name, (h, w), num_classes)
+                cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', (h, w), num_classes)
                 ignored = np.zeros((h, w), bool)
                 if args.ignore_crf:
-                    ignored = crf_disagreement(name, args.ignore_crf, (h, w))
+                    ignored = crf_disagreement(name, args.ignore_crf, (h, w), num_classes)
                 img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
                 scores = walk_image(net, name, img, cam_dict, args, device)
                 present = [0] + [key + 1 for key in sorted(cam_dict)]

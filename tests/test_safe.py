@@ -17,8 +17,7 @@ from tool.cli import BadInput
 from tool.image_files import read_image, read_label_map
 from tool.score_files import find_scores, load_scores, save_scores
 from tool.unpickle import load_dict
-from voc12.check import read_labels
-from voc12.lists import CAT_LIST, LabelReader, label_from_xml, load_class_names, load_img_name_list, load_labels
+from voc12.lists import CAT_LIST, label_from_xml, load_class_names, load_img_name_list, load_labels, read_labels
 
 MAP = np.linspace(0, .9, 12, dtype=np.float32).reshape(3, 4)
 HEADER = fuzz.npy_bytes({})[:128]
@@ -266,10 +265,10 @@ def test_labels_that_are_none_are_refused_and_told_by_the_check(file, value, tmp
     path = file('l.npy', fuzz.npy_bytes({'a': value}))
     refused(lambda p: load_labels(['a'], p, '', ['x', 'y']), path, '--cls_labels')
     if not isinstance(value, (str, int)):
-        refused(lambda p: read_labels(['a'], LabelReader(p, '', ['x', 'y'])), path, '--cls_labels')
+        refused(lambda p: read_labels(['a'], p, '', ['x', 'y']), path, '--cls_labels')
     else:
-        labels, unusable = read_labels(['a'], LabelReader(path, '', ['x', 'y']))
-        assert not labels and unusable[0][0] == 'a'
+        labels, unusable, *_ = read_labels(['a'], path, '', ['x', 'y'])
+        assert not labels and list(unusable) == ['a']
 
 
 # ----- lists -----

@@ -380,9 +380,10 @@ def test_missing_cam(voc, pipeline):
 def test_crf_files_of_different_labels(voc, pipeline):
     names = names_of(voc)[:1]
     set_list(voc, names)
+    half = np.full(Image.open(image(voc, names[0])).size[::-1], .5, np.float32)
     for folder, keys in (('la', (0, 1)), ('ha', (0, 2))):
         (voc / folder).mkdir()
-        np.save(voc / folder / f'{names[0]}.npy', {key: np.full((8, 8), .5, np.float32) for key in keys})
+        np.save(voc / folder / f'{names[0]}.npy', dict.fromkeys(keys, half))
     result = run(voc, 'train_aff', '--network', AFF, '--train_list', 'list.txt', '--crop_size', 64, '--batch_size', 1,
                  '--num_workers', 0, '--la_crf_dir', 'la', '--ha_crf_dir', 'ha',
                  '--weights', pipeline[0] / 'runs/pre_backbone.pth')

@@ -75,12 +75,8 @@ def read_label_map(path, flag):
 
 def voc_palette():
     """uint8 (256, 3) RGB colours of PASCAL VOC: the bits of the class index, spread over the channels."""
-    index = np.arange(256)
-    palette = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+    index, channel, bit = np.ogrid[:256, :3, :8]
+    return ((index >> 3 * bit + channel & 1) << 7 - bit).sum(axis=2).astype(np.uint8)
 
 
 def save_label_map(path, labels):

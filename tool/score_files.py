@@ -85,17 +85,18 @@ def load_scores(path, flag, kind):
     return {key: value.astype(np.float32) if value.dtype == np.float16 else value for key, value in scores.items()}
 
 
-def load_cams(folder, name, size, num_classes):
-    """The CAM dict of the image `name` in a `--cam_dir` folder, see `load_scores`.
-    Raises BadInput for one that does not fit the image's size (H, W) or the number of classes, and for an empty one."""
+def load_fitting(folder, name, flag, kind, size, num_classes):
+    """`load_scores` of the image `name` in a folder. Raises BadInput also for scores that do not fit the image's size
+    (H, W) or the number of classes, and where there are none."""
     path = os.path.join(folder, name + '.npy')
-    cam_dict = load_scores(path, '--cam_dir', 'cam')
-    if not cam_dict or max(cam_dict) >= num_classes:
-        raise BadInput(f'{path} (--cam_dir) has the classes {list(cam_dict)}, not some of 0..{num_classes - 1} '
-                       '(--class_names)')
-    if any(class_map.shape != size for class_map in cam_dict.values()):
-        raise BadInput(f'{path} (--cam_dir) does not fit the image, which is {size[0]}x{size[1]}')
-    return cam_dict
+    scores = load_scores(path, flag, kind)
+    if not scores:
+        raise BadInput(f'{path} ({flag}) has no class: take the image out of the list')
+    if max(scores) > num_classes - (kind == 'cam'):
+        raise BadInput(f'{path} ({flag}) has key {max(scores)}, more than the {num_classes} classes of --class_names')
+    if any(value.shape != size for value in scores.values()):
+        raise BadInput(f'{path} ({flag}) does not fit the image, which is {size[0]}x{size[1]}')
+    return scores
 
 
 def strongest_label(scores):

@@ -39,8 +39,7 @@ def labels_digest(names, labels):
 
     names: list of str; labels: dict name -> (C,) multi-hot, classes in VOC order.
     """
-    rows = [np.asarray(labels[name], '<f4').tobytes() for name in sorted(names)]
-    return hashlib.sha256(b''.join(rows)).hexdigest()
+    return hashlib.sha256(np.array([labels[name] for name in sorted(names)], '<f4').tobytes()).hexdigest()
 
 
 def find_canonical(names):

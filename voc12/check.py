@@ -21,8 +21,8 @@ from tool.files import describe
 from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, LabelReader, describe_unknown,
-                         get_img_path, load_class_names, load_img_name_list)
+from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, describe_unknown, first,
+                         get_img_path, load_class_names, load_img_name_list, read_labels)
 from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
@@ -35,24 +35,16 @@ def get_args_parser():
                         help='folder VOC2012 of the devkit, or one of its layout (default: %(default)s)')
     parser.add_argument('--list', default='voc12/train_aug.txt', help='images to check (default: %(default)s)')
     parser.add_argument('--gt_dir',
-                        help='folder of the masks, NAME.png, where every image must have one (default: '
-                             f'{GT_FOLDER} in --voc12_root, where only those of VOC train and val must)')
+                        help='folder of masks, of which every image must have one (default: that in --voc12_root, '
+                             'where only images of VOC train and val must)')
     parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels, a pickled dict; where it is missing, the XML files of '
-                             f'{ANNOT_FOLDER} are read (default: %(default)s)')
+                        help='image-level labels; where it is missing, the XML is read (default: %(default)s)')
     parser.add_argument('--class_names', help="text file, one foreground class a line (default: VOC's 20)")
-    parser.add_argument('--num_workers', default=8, type=int,
-                        help='processes; 0 works in the main one (default: %(default)s)')
+    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
     return parser
 
 
 # ----- one image -----
-
-def pixel_mode(img):
-    """Mode of a PIL image that is not decoded yet, or how its file stores pixels of 16 bits."""
-    stored = stored_mode(img)
-    return stored if '16' in stored else img.mode
-
 
 def look_at(name, voc12_root, gt_dir, num_classes):
     """(findings, classes) of an image and its mask, both read as training and evaluation read them. Findings: dict of
@@ -64,9 +56,9 @@ def look_at(name, voc12_root, gt_dir, num_classes):
     else:
         try:
             size = read_image(image_path).size                          # (width, height)
-            mode = decode_image(image_path, image_path, pixel_mode)
-            if mode != 'RGB':
-                found['image mode'] = mode
+            mode, stored = decode_image(image_path, image_path, lambda img: (img.mode, stored_mode(img)))
+            if mode != 'RGB' or '16' in stored:
+                found['image mode'] = stored if '16' in stored else mode
         except BadInput as error:
             found['damaged image'] = describe(error.__cause__)
     if not os.path.isfile(mask_path):
@@ -88,28 +80,14 @@ def look_at(name, voc12_root, gt_dir, num_classes):
     return found, {value - 1 for value in np.unique(labels).tolist() if 1 <= value <= num_classes}
 
 
-# ----- labels -----
-
-def read_labels(names, reader):
-    """(labels, unusable): dict name -> float32 (C,) multi-hot, and (name, why) of the names that have none. reader: a
-    LabelReader. Does not stop at the first name that is wrong, as training does. An empty label is a label."""
-    labels, unusable = {}, []
-    for name in names:
-        try:
-            labels[name] = reader.read(name)
-        except ValueError as error:         # BadInput too
-            unusable.append((name, describe(error.__cause__ or error)))
-    return labels, unusable
-
-
 # ----- verdict: lines of (level, text) -----
 
 def judge(level, what, found, hint=''):
     """One line of the verdict: ok where nothing was found. found: list of (name, detail or '')."""
     if not found:
         return OK, f'{what}: none'
-    first = [f'{name} ({detail})' if detail else name for name, detail in found[:5]] + ['...'] * (len(found) > 5)
-    return level, f'{what}: {len(found):,}: {", ".join(first)}' + (f'; {hint}' if hint else '')
+    names = first([f'{name} ({detail})' if detail else name for name, detail in found])
+    return level, f'{what}: {len(found):,}: {names}' + (f'; {hint}' if hint else '')
 
 
 def pick(results, key):
@@ -158,7 +136,8 @@ def mask_lines(results, gt_dir, needed, class_names):
 def label_lines(names, labels, unusable, source, key):
     """The image-level labels: there, not empty, those that SEAM used. key: which of VOC's lists it is, or None."""
     level = NOTE if key == 'test' else PROBLEM              # VOC keeps the labels of test to itself
-    lines = [judge(level, f'images without a usable label in {source}', unusable),
+    lines = [judge(level, f'images without a usable label in {source}',
+                   [(name, describe(error.__cause__ or error)) for name, error in unusable.items()]),
              judge(level, 'images without any class', [(name, '') for name in labels if not labels[name].any()],
                    'training refuses them')]
     if key and not unusable:
@@ -195,8 +174,7 @@ def main(args):
     key = find_canonical(names) if is_voc else None
     gt_dir = args.gt_dir or os.path.join(args.voc12_root, GT_FOLDER)
     # before the images: a wrong file ends the run at once
-    reader = LabelReader(args.cls_labels, args.voc12_root, class_names)
-    labels, unusable = read_labels(names, reader)
+    labels, unusable, unknown, source = read_labels(names, args.cls_labels, args.voc12_root, class_names)
     work = functools.partial(look_at, voc12_root=args.voc12_root, gt_dir=gt_dir, num_classes=len(class_names))
     results = dict(zip(names, list(parallel_map(work, names, args.num_workers, 'check'))))
 
@@ -207,9 +185,9 @@ def main(args):
              judge(NOTE, 'images that are not RGB of 8 bits', pick(results, 'image mode'),
                    'converted to that: 16 bits by their range, transparency left out')]
     lines += mask_lines(results, gt_dir, bool(args.gt_dir) or key in ('train', 'val'), class_names)
-    lines += label_lines(names, labels, unusable, reader.source, key)
-    if reader.unknown:
-        lines.append((PROBLEM, describe_unknown(reader.unknown)))
+    lines += label_lines(names, labels, unusable, source, key)
+    if unknown:
+        lines.append((PROBLEM, describe_unknown(unknown)))
     lines += agreement_lines(results, labels, class_names)
     for level, text in lines:
         print(f'{level:7}  {text}')

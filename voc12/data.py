@@ -10,6 +10,7 @@ from tool.affinity_pairs import fit_radius, pair_indices
 from tool.cli import BadInput, check_file
 from tool.image_files import IGNORE
 from voc12.lists import CAT_LIST, check_images, get_img_path, load_img_name_list, load_labels
+from voc12.masks import wrong_values
 
 STRIDE = 8      # pixels per feature cell
 
@@ -119,24 +120,15 @@ class VOC12AffDataset(VOC12ImageDataset):
         cells = cropsize // STRIDE
         self.extract_aff_label = ExtractAffinityLabelInRadius(cells, fit_radius(cells, cells, radius))
         for flag, folder in self.label_dirs.items():
-            for name in self.img_name_list:
-                score_files.find_scores(os.path.join(folder, name + '.npy'), flag)
+            score_files.check_scores(folder, self.img_name_list, flag)
 
     def __getitem__(self, idx):
         name, img = super().__getitem__(idx)
-        low, high = (score_files.load_scores(os.path.join(folder, name + '.npy'), flag, 'crf')
+        low, high = (score_files.load_fitting(folder, name, flag, 'crf', img.size[::-1], self.num_classes)
                      for flag, folder in self.label_dirs.items())
         if list(low) != list(high):
             raise BadInput(f'{name}.npy has the labels {list(low)} in --la_crf_dir, {list(high)} in --ha_crf_dir')
-        if not low:
-            raise BadInput(f'{name}.npy (--la_crf_dir) has no class: take the image out of the list (--train_list)')
-        if max(low) > self.num_classes:
-            raise BadInput(f'{name}.npy (--la_crf_dir, --ha_crf_dir) has the label {max(low)}, more than the '
-                           f'{self.num_classes} classes of --class_names')
         label = np.stack([*low.values(), *high.values()], axis=-1)             # (H, W, 2K)
-        if label.shape[:2] != img.size[::-1]:
-            raise BadInput(f'{name}.npy (--la_crf_dir, --ha_crf_dir) is {label.shape[0]}x{label.shape[1]}, '
-                           f'its image {img.size[1]}x{img.size[0]}')
         for joint_transform, img_transform, label_transform in self.transforms:
             if joint_transform:
                 both = joint_transform(np.concatenate([img, label], axis=-1))
@@ -167,13 +159,12 @@ class VOC12SegDataset(VOC12ImageDataset):
         label = image_files.read_label_map(path, '--label_dir')
         if label.shape != size:
             raise BadInput(f'{path} (--label_dir) is {label.shape[0]}x{label.shape[1]}, its image {size[0]}x{size[1]}')
-        values = np.unique(label)
-        if values[0] == IGNORE:
+        if (label == IGNORE).all():
             raise BadInput(f'{path} (--label_dir) is {IGNORE}, ignored, at every pixel: take the image out of the list '
                            '(--train_list)')
-        beyond = values[(values > self.num_classes) & (values < IGNORE)]
-        if len(beyond):
-            raise BadInput(f'{path} (--label_dir) has the label {beyond[0]}, more than the {self.num_classes} classes '
+        wrong = wrong_values(label, self.num_classes)
+        if wrong:
+            raise BadInput(f'{path} (--label_dir) has the label {min(wrong)}, more than the {self.num_classes} classes '
                            'of --class_names')
         return label
 

@@ -1,6 +1,8 @@
-"""Writing a data root of VOC's layout, for make_custom.py and make_coco.py."""
+"""Writing a data root of VOC's layout."""
+import contextlib
 import filecmp
 import os
+import pathlib
 import re
 import shutil
 import sys
@@ -48,11 +50,9 @@ def place_file(source, target, copy):
             raise BadInput(f'{target} (--out) is no copy of {source}; move it away, or name another folder')
         return
     if not copy:
-        try:
+        with contextlib.suppress(OSError):         # a file system or an account may have no links
             os.symlink(os.path.abspath(source), target)
             return
-        except OSError:
-            pass                   # a file system or an account that has no links
     with open(source, 'rb') as original, atomic_write(target) as file:
         shutil.copyfileobj(original, file)
 
@@ -66,10 +66,9 @@ def write_root(out, marker, files, labels, class_names, lists, copy=False):
     for folder in sorted({LIST_FOLDER, *map(os.path.dirname, files)}):
         make_dir(os.path.join(out, folder), '--out')
     write_lines(os.path.join(out, marker), [f'made by voc12/{os.path.basename(sys.argv[0])}'])
-    gt_dir = os.path.join(out, GT_FOLDER)
-    for file in os.listdir(gt_dir) if os.path.isdir(gt_dir) else ():
-        if os.path.islink(os.path.join(gt_dir, file)) and os.path.join(GT_FOLDER, file) not in files:
-            os.unlink(os.path.join(gt_dir, file))
+    for path in pathlib.Path(out, GT_FOLDER).glob('*'):
+        if path.is_symlink() and os.path.join(GT_FOLDER, path.name) not in files:
+            path.unlink()
     for target, source in tqdm(files.items(), desc='links', disable=None):
         place_file(source, os.path.join(out, target), copy)
     with atomic_write(os.path.join(out, 'cls_labels.npy')) as file:

@@ -65,7 +65,7 @@ def read_names(path, flag):
     names = load_img_name_list(path, flag)
     twice = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     if twice:
-        print(f'{path}: {len(twice)} names more than once, kept once: {first_five(twice)}')
+        print(f'{path}: {len(twice)} names more than once, kept once: {first(twice)}')
     return set(names)
 
 
@@ -85,9 +85,9 @@ def stems(folder, extension, flag):
     return {stem for stem, found in split if found == extension}
 
 
-def first_five(names):
-    """The first five of a list of names, for a message."""
-    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+def first(names, most=5):
+    """The first few of a list of names, for a message."""
+    return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
 
 
 def check_images(names, list_path, voc12_root):
@@ -128,64 +128,58 @@ def label_from_xml(path, class_names, unknown=None):
 
 def describe_unknown(unknown):
     """One line on object names in XML that are no class. unknown: Counter of the names, not empty."""
-    names = [f'{name or "(no name)"} ({count})' for name, count in unknown.most_common(20)]
-    if len(unknown) > len(names):
-        names.append(f'{len(unknown) - len(names)} more names')
+    names = [f'{name or "(no name)"} ({count})' for name, count in unknown.most_common()]
     return (f'{sum(unknown.values()):,} objects in {ANNOT_FOLDER} are of no class of --class_names and do not count: '
-            + ', '.join(names))
+            + first(names, 20))
 
 
-class LabelReader:
-    """Image-level labels by name, from a cls_labels file or, where that is missing, from the XML of the data root.
+def label_from_table(table, name, num_classes):
+    """float32 (C,) of 0 and 1 of an image in the dict of a cls_labels file. A key may be a whole number: 2007000032 is
+    2007_000032, as in irn's file, and 139 is 000000000139. Raises ValueError or OverflowError where there is none."""
+    number = name.replace('_', '')
+    key = int(number) if name not in table and number.isdecimal() else name
+    if key not in table:
+        raise ValueError(f'no entry; the first one in the file is {str(next(iter(table), None))[:100]!r}')
+    label = np.asarray(table[key], np.float32)
+    if label.shape != (num_classes,):
+        raise ValueError(f'shape {label.shape}, not ({num_classes},), a value for each of --class_names')
+    if not np.isin(label, (0, 1)).all():
+        raise ValueError('other values than 0 and 1')
+    return label
 
-    cls_labels: .npy file of a pickled dict (the reference's format, read without running anything in it) or .npz file
-    of arrays. Keys are names, or whole numbers: 2007000032 is 2007_000032, as in irn's file, and 139 is 000000000139.
-    source: where they are from, for messages. unknown: Counter of object names in the XML that are no class.
-    """
 
-    def __init__(self, cls_labels, voc12_root, class_names):
-        self.class_names, self.unknown = class_names, collections.Counter()
-        self.folder = os.path.join(voc12_root, ANNOT_FOLDER)
-        self.table = load_dict(cls_labels, '--cls_labels') if os.path.exists(cls_labels) else None
-        self.source = (f'{self.folder} (--cls_labels {cls_labels} does not exist)' if self.table is None
-                       else f'{cls_labels} (--cls_labels)')
-
-    def read(self, name):
-        """float32 (C,) of 0 and 1, perhaps of 0 alone. Raises ValueError, which says why there is no such label."""
-        if self.table is None:
-            return label_from_xml(os.path.join(self.folder, name + '.xml'), self.class_names, self.unknown)
-        number = name.replace('_', '')
-        key = int(number) if name not in self.table and number.isdecimal() else name
-        if key not in self.table:
-            raise ValueError(f'no entry; the first one in the file is {str(next(iter(self.table), None))[:100]!r}')
+def read_labels(names, cls_labels, voc12_root, class_names):
+    """Image-level labels from a cls_labels file (.npy of a pickled dict, .npz of arrays) or, where that is missing, the
+    XML of the data root. Returns (labels, unusable, unknown, source): dict name -> float32 (C,) multi-hot, perhaps of 0
+    alone; dict name -> the error of a name without; Counter of object names in the XML that are no class; where labels
+    are from, for messages. Raises BadInput for a cls_labels file that cannot be read."""
+    labels, unusable, unknown = {}, {}, collections.Counter()
+    table, source, folder = None, f'{cls_labels} (--cls_labels)', os.path.join(voc12_root, ANNOT_FOLDER)
+    if os.path.exists(cls_labels):
+        table = load_dict(cls_labels, '--cls_labels')
+    else:
+        source = f'{folder} (--cls_labels {cls_labels} does not exist)'
+    for name in dict.fromkeys(names):
         try:
-            label = np.asarray(self.table[key], np.float32)
-        except OverflowError as error:
-            raise ValueError(str(error)) from error
-        if label.shape != (len(self.class_names),):
-            raise ValueError(f'shape {label.shape}, not ({len(self.class_names)},), a value for each of --class_names')
-        if not np.isin(label, (0, 1)).all():
-            raise ValueError('other values than 0 and 1')
-        return label
+            labels[name] = (label_from_xml(os.path.join(folder, name + '.xml'), class_names, unknown) if table is None
+                            else label_from_table(table, name, len(class_names)))
+        except (ValueError, OverflowError) as error:            # BadInput is a ValueError
+            unusable[name] = error
+    return labels, unusable, unknown, source
 
 
 def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
-    """Image-level labels of `names`: dict name -> float32 (C,) multi-hot, none of them empty. Sources: see LabelReader.
-    Raises BadInput for a bad file, a name without a usable label, and for an image without any class. Warns of objects
-    in the XML that are of no class."""
-    reader = LabelReader(cls_labels, voc12_root, class_names)
-    if reader.table is None:
-        print(f'labels: from {reader.source}')
-    labels = {}
-    for name in dict.fromkeys(names):
-        try:
-            labels[name] = reader.read(name)
-        except ValueError as error:
-            raise BadInput(f'the label of image {name} is not usable: {error}; it is from {reader.source}') from error
-    if reader.unknown:
-        print(f'warning: {describe_unknown(reader.unknown)}')
+    """Labels to train on: dict name -> float32 (C,) multi-hot, none of them empty. Raises BadInput for a bad file,
+    and for a name without a usable label or any class; warns of objects in the XML that are of no class."""
+    labels, unusable, unknown, source = read_labels(names, cls_labels, voc12_root, class_names)
+    if not os.path.exists(cls_labels):
+        print(f'labels: from {source}')
+    if unusable:
+        name, error = next(iter(unusable.items()))
+        raise BadInput(f'the label of image {name} is not usable: {error}; it is from {source}') from error
+    if unknown:
+        print(f'warning: {describe_unknown(unknown)}')
     for name, label in labels.items():
         if not label.any():
-            raise BadInput(f'image {name} has no class in {reader.source}; take it out of the list, or correct its '
-                           'label')
+            raise BadInput(f'image {name} has no class in {source}; take it out of the list, or correct its label')
     return labels

@@ -19,7 +19,7 @@ from tool.cli import BadInput, check_dir, exit_on_bad_input
 from tool.files import atomic_write
 from tool.image_files import IGNORE, read_label_map
 from voc12.canonical import compare_labels
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, describe_unknown, first_five, label_from_xml,
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, describe_unknown, first, label_from_xml,
                          load_class_names, load_img_name_list)
 from voc12.masks import wrong_values
 
@@ -30,20 +30,17 @@ REPO_ROOT = os.path.dirname(HERE)
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--train_list', default='train_aug.txt',
-                        help='list of the training images; a bare file name that is not in the working directory '
-                             'is looked for beside this script (default: %(default)s)')
-    parser.add_argument('--val_list', default='val.txt',
-                        help='list of further images, found like --train_list (default: %(default)s)')
-    parser.add_argument('--out', default='cls_labels.npy',
-                        help='file to write; the default (%(default)s) is written beside this script, where training '
-                             'looks for it, every other path is relative to the working directory')
+                        help='list of images; a bare file name is looked for in the working directory, then beside '
+                             'this script (default: %(default)s)')
+    parser.add_argument('--val_list', default='val.txt', help='another, found in the same way (default: %(default)s)')
+    parser.add_argument('--out', default=os.path.join(HERE, 'cls_labels.npy'),
+                        help='file to write (default: cls_labels.npy beside this script, where training looks for it)')
     parser.add_argument('--voc12_root', required=True,
                         help='folder VOC2012 of the devkit; a relative path that does not exist in the working '
                              'directory is looked for in the folder of the repository')
     parser.add_argument('--source', default='xml', choices=['xml', 'seg'],
-                        help='where the classes come from: xml, the objects of Annotations/ (as in the original '
-                             f'labels); seg, the masks of {AUG_GT_FOLDER}/ or, where one is missing there, '
-                             f'{GT_FOLDER}/ (default: %(default)s)')
+                        help='xml: the objects of Annotations/, as in the original labels; seg: the masks of '
+                             f'{AUG_GT_FOLDER}/ or, where that lacks one, {GT_FOLDER}/ (default: %(default)s)')
     parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     return parser
 
@@ -75,14 +72,11 @@ def label_from_mask(path, num_classes):
     return np.isin(np.arange(1, num_classes + 1), mask).astype(np.float32)
 
 
-def image_label(name, voc12_root, source, class_names, unknown):
-    """float32 (C,) multi-hot of one image; source: 'xml' or 'seg'. unknown: a Counter, see `label_from_xml`."""
-    if source == 'xml':
-        return label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names, unknown)
+def find_mask(name, voc12_root):
+    """Path of the mask of an image: that of the augmented set, or where there is none the official one."""
     paths = [os.path.join(voc12_root, folder, name + '.png') for folder in (AUG_GT_FOLDER, GT_FOLDER)]
-    for path in paths:
-        if os.path.isfile(path):
-            return label_from_mask(path, len(class_names))
+    for path in filter(os.path.isfile, paths):
+        return path
     raise BadInput(f'no mask of image {name}: neither {paths[0]} nor {paths[1]} exists (--voc12_root, --source seg)')
 
 
@@ -101,7 +95,7 @@ def report(lists, labels, class_names):
         empty = [name for name in names if not labels[name].any()]
         if empty:
             print(f'warning: {flag}: {len(empty)} images without any class, which training refuses: '
-                  f'{first_five(empty)}')
+                  f'{first(empty)}')
 
 
 def main(args):
@@ -109,14 +103,16 @@ def main(args):
              for flag, path in (('--train_list', args.train_list), ('--val_list', args.val_list))}
     class_names = load_class_names(args.class_names)
     voc12_root = find_root(args.voc12_root)
-    out = os.path.join(HERE, args.out) if args.out == get_args_parser().get_default('out') else args.out
-    out = out if out.endswith('.npy') else out + '.npy'      # as np.save does with a path
+    out = args.out if args.out.endswith('.npy') else args.out + '.npy'      # as np.save does with a path
     check_dir(os.path.dirname(os.path.abspath(out)), '--out')
 
     labels, unknown = {}, collections.Counter()
     names = dict.fromkeys(name for names in lists.values() for name in names)
     for name in tqdm(names, desc=f'labels from {args.source}', disable=None):           # a bar on a terminal only
-        labels[name] = image_label(name, voc12_root, args.source, class_names, unknown)
+        if args.source == 'seg':
+            labels[name] = label_from_mask(find_mask(name, voc12_root), len(class_names))
+        else:
+            labels[name] = label_from_xml(os.path.join(voc12_root, ANNOT_FOLDER, name + '.xml'), class_names, unknown)
     with atomic_write(out) as file:
         np.save(file, labels, allow_pickle=True)
     report(lists, labels, class_names)

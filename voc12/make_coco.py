@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 
 import cv2
@@ -40,18 +41,14 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--coco_root', required=True, help='folder of the annotations and the images, see above')
     parser.add_argument('--out', default='COCO', metavar='ROOT',
-                        help='folder to write, the --voc12_root of the other scripts: new, empty, or made by this '
-                             'script before (default: %(default)s)')
+                        help='folder to write: new, empty, or made by this script before (default: %(default)s)')
     parser.add_argument('--names', default=os.path.join(HERE, 'coco_names.txt'), metavar='FILE',
                         help='text file to write, the --class_names of the other scripts: one class a line, by '
                              'ascending category id (default: %(default)s)')
-    parser.add_argument('--masks', action='store_true',
-                        help=f'write {GT_FOLDER}/ too: palette PNGs, 0 background, class index from 1, for '
-                             'evaluation.py')
+    parser.add_argument('--masks', action='store_true', help=f'write {GT_FOLDER}/ too, for evaluation.py')
     parser.add_argument('--resume', action='store_true', help='keep the masks that an interrupted run has finished')
     parser.add_argument('--year', default=2014, type=int, help='the year in the names above (default: %(default)s)')
-    parser.add_argument('--num_workers', default=8, type=int,
-                        help='processes for the masks; 0 works in the main one (default: %(default)s)')
+    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
     return parser
 
 
@@ -64,16 +61,12 @@ def decode_counts(text):
     number goes on. Bit 4 of the last group is the sign. From index 3 on the number is the difference to the run
     length two places before.
     """
-    counts, value, shift = [], 0, 0
-    for char in text:
-        bits = ord(char) - 48
-        value |= (bits & 0x1f) << shift
-        shift += 5
-        if not bits & 0x20:
-            if bits & 0x10:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
+    counts = []
+    for number in re.findall('[P-o]*[0-O]', text):       # of 48..111, 'P' and above go on
+        bits = [ord(char) - 48 & 0x1f for char in number]
+        value = sum(group << 5 * place for place, group in enumerate(bits))
+        value -= bits[-1] >> 4 << 5 * len(bits)
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
     return counts
 
 
@@ -249,9 +242,8 @@ def main(args):
     check_out(args.out, MARKER)
     class_names, splits = read_splits(args)
     pictures = {**splits['train'], **splits['val']}
-    labels = {name: np.zeros(len(class_names), np.float32) for name in pictures}
-    for name, (_, _, _, objects) in pictures.items():
-        labels[name][[index - 1 for index, _, _ in objects]] = 1.
+    labels = {name: np.isin(range(1, len(class_names) + 1), [index for index, *_ in objects]).astype(np.float32)
+              for name, (*_, objects) in pictures.items()}
 
     make_dir(os.path.dirname(os.path.abspath(args.names)), '--names')
     files = {os.path.join(IMG_FOLDER, name + '.jpg'): picture[0] for name, picture in pictures.items()}

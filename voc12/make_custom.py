@@ -44,30 +44,21 @@ def get_args_parser():
     parser.add_argument('--images', required=True, metavar='DIR', help='folder of the images, sub-folders included')
     parser.add_argument('--labels', required=True, metavar='CSV', help='image-level labels, see above')
     parser.add_argument('--out', required=True, metavar='ROOT',
-                        help='folder to write, the --voc12_root of the other scripts: new, empty, or made by this '
-                             'script before')
+                        help='folder to write: new, empty, or made by this script before')
     parser.add_argument('--masks', metavar='DIR',
-                        help='folder of ground truth, for evaluation alone: PNGs with the names of the images, in the '
-                             'same sub-folders or in none, with class indices, 0 background, 1..C, '
-                             f'{IGNORE} ignored; images may lack one')
+                        help='folder of ground truth, for evaluation alone: PNGs of class indices (0 background, '
+                             f'{IGNORE} ignored) named as the images, in the same sub-folders or none; some may lack')
     parser.add_argument('--val_share', default=0.2, type=float,
                         help='share of the images in val.txt, 0 to 0.9; 0 writes no val.txt. The last image of a class '
                              'stays in train (default: %(default)s)')
     parser.add_argument('--seed', default=0, type=int, help='of the split (default: %(default)s)')
     parser.add_argument('--class_names', metavar='FILE',
-                        help='names of the foreground classes, one a line, in the order of their indices; without it '
-                             'the classes of --labels, sorted')
-    parser.add_argument('--copy', action='store_true',
-                        help='copy images and masks, so that ROOT can be moved elsewhere without them')
+                        help='foreground classes, one a line (default: those of --labels, sorted)')
+    parser.add_argument('--copy', action='store_true', help='copy images and masks in place of links to them')
     return parser
 
 
 # ----- reading -----
-
-def first_file(*paths):
-    """The first of the paths that is a file, or None."""
-    return next(filter(os.path.isfile, paths), None)
-
 
 def find_image(images, field):
     """Path, relative to the folder `images`, of the image that a row names, or None. The row may leave out the
@@ -75,18 +66,18 @@ def find_image(images, field):
     images have the name."""
     path = os.path.join(images, field.replace('\\', '/'))        # an absolute field stays what it is
     stem, extension = os.path.splitext(path)
-    found = first_file(path, *(stem + ending for ending in ENDINGS if ending.lower() == extension.lower()))
-    if found is None:
+    for tries in [path], [stem + extension.lower(), stem + extension.upper()], [path + ending for ending in ENDINGS]:
         # by their numbers on the disk: where capitals do not count, two of these are one file
-        alike = {os.stat(path + ending).st_ino: path + ending for ending in ENDINGS if os.path.isfile(path + ending)}
-        if len(alike) > 1:
-            files = ', '.join(map(os.path.basename, alike.values()))
+        found = {os.stat(file).st_ino: file for file in filter(os.path.isfile, tries)}
+        if len(found) > 1:
+            files = ', '.join(map(os.path.basename, found.values()))
             raise BadInput(f'"{field}" (--labels) is the name of several files in {images} (--images): {files}; write '
                            'the extension')
-        found = next(iter(alike.values()), None)
-    if found is None:
+        if found:
+            break
+    else:
         return None
-    folder, file = os.path.split(found)
+    folder, file = os.path.split(*found.values())
     for resolve in (os.path.abspath, os.path.realpath):          # links in `images` may lead out of it
         inner = os.path.relpath(resolve(folder), resolve(images))
         if inner.split(os.sep)[0] != os.pardir:
@@ -216,7 +207,7 @@ def find_masks(args, names):
     masks = {}
     for name, path in names.items():
         stems = [os.path.join(args.masks, os.path.splitext(inner)[0]) for inner in (path, os.path.basename(path))]
-        mask = first_file(*(stem + extension for stem in stems for extension in ('.png', '.PNG')))
+        mask = next(filter(os.path.isfile, (stem + end for stem in stems for end in ('.png', '.PNG'))), None)
         if mask and filecmp.cmp(mask, os.path.join(args.images, path), shallow=False):
             raise BadInput(f'{mask} (--masks) is the image {path} itself, not its mask')
         if mask:

@@ -14,10 +14,10 @@ import sys
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
+from tool.cli import check_dir, exit_on_bad_input, make_dir
 from voc12.canonical import CANONICAL, compare_names
 from voc12.data_root import write_lines
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, LIST_FOLDER, first_five, get_img_path, read_names,
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, LIST_FOLDER, first, get_img_path, read_names,
                          read_sbd, stems)
 
 ONE_COLUMN = ('test', 'all_annotated')      # lists of images that have no mask, or not all of them
@@ -29,12 +29,11 @@ def get_args_parser():
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--sbd_root', help='folder benchmark_RELEASE of SBD, or the folder dataset in it: train_aug is '
                                            'VOC train plus SBD train and val, minus VOC val')
-    source.add_argument('--seg_aug', help='folder with the PNG masks of the augmented set, relative to the working '
-                                          'directory or to --voc12_root: train_aug is VOC train plus every mask, minus '
-                                          'VOC val')
+    source.add_argument('--seg_aug', help='folder of PNG masks, perhaps in --voc12_root: train_aug is VOC train plus '
+                                          'every mask, minus VOC val')
     parser.add_argument('--all_annotated', action='store_true',
-                        help='write all_annotated.txt too: every image with an XML annotation, minus VOC val and test; '
-                             'more images than SEAM trained on, so results are not comparable')
+                        help='write all_annotated.txt too, more images than SEAM trained on: every image with an XML '
+                             'annotation, minus VOC val and test')
     parser.add_argument('--out_dir', default=os.path.dirname(os.path.abspath(__file__)),
                         help='folder for the lists (default: the folder of this script)')
     return parser
@@ -46,29 +45,24 @@ def names_of_sbd(sbd_root):
     masks = os.path.join(folder, 'cls')
     missing = sorted(names - stems(masks, '.mat', '--sbd_root')) if os.path.isdir(masks) else []
     if missing:
-        print(f'warning: {len(missing)} names of SBD without a mask in {masks}: {first_five(missing)}')
+        print(f'warning: {len(missing)} names of SBD without a mask in {masks}: {first(missing)}')
     return names
-
-
-def names_of_masks(seg_aug, voc12_root):
-    """Set of the names of the PNG masks in the folder `seg_aug`."""
-    folder = seg_aug if os.path.isdir(seg_aug) else os.path.join(voc12_root, seg_aug)
-    return stems(folder, '.png', '--seg_aug')
 
 
 def collect_lists(args):
     """dict list name -> set of image names, everything that the sources allow."""
     folder = os.path.join(args.voc12_root, LIST_FOLDER)
-    lists = {key: read_names(os.path.join(folder, key + '.txt'), '--voc12_root') for key in ('train', 'val')}
-    if os.path.isfile(os.path.join(folder, 'test.txt')):
-        lists['test'] = read_names(os.path.join(folder, 'test.txt'), '--voc12_root')
-    else:
+    keys = ['train', 'val', 'test']
+    if not os.path.isfile(os.path.join(folder, 'test.txt')):
+        keys.remove('test')
         print(f'test.txt not written: {folder} has no test.txt (it comes with the test part of the devkit)')
+    lists = {key: read_names(os.path.join(folder, key + '.txt'), '--voc12_root') for key in keys}
 
     if args.sbd_root:
         lists['train_aug'] = (names_of_sbd(args.sbd_root) | lists['train']) - lists['val']
     elif args.seg_aug:
-        lists['train_aug'] = (names_of_masks(args.seg_aug, args.voc12_root) | lists['train']) - lists['val']
+        masks = args.seg_aug if os.path.isdir(args.seg_aug) else os.path.join(args.voc12_root, args.seg_aug)
+        lists['train_aug'] = (stems(masks, '.png', '--seg_aug') | lists['train']) - lists['val']
     else:
         print('train_aug.txt not written: it needs --sbd_root (the SBD release) or --seg_aug (its masks as PNG)')
         if os.path.isdir(os.path.join(args.voc12_root, AUG_GT_FOLDER)):
@@ -77,9 +71,6 @@ def collect_lists(args):
         annotated = stems(os.path.join(args.voc12_root, ANNOT_FOLDER), '.xml', '--voc12_root')
         images = {name for name in annotated if os.path.isfile(get_img_path(name, args.voc12_root))}
         lists['all_annotated'] = images - lists['val'] - lists.get('test', set())
-    for key, names in lists.items():
-        if not names:
-            raise BadInput(f'nothing is left for {key}.txt: check {folder} and {ANNOT_FOLDER} (--voc12_root)')
     return lists
 
 
@@ -98,7 +89,7 @@ def main(args):
         print(f'{path}: {len(names)} names, {verdict}')
         missing = [name for name in names if not os.path.isfile(get_img_path(name, args.voc12_root))]
         if missing:
-            print(f'warning: {path}: {len(missing)} names without an image in {IMG_FOLDER}: {first_five(missing)}')
+            print(f'warning: {path}: {len(missing)} names without an image in {IMG_FOLDER}: {first(missing)}')
 
 
 if __name__ == '__main__':

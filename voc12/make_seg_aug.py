@@ -31,15 +31,11 @@ NUM_CLASSES = len(CAT_LIST)        # SBD has VOC's classes, in VOC's order
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--sbd_root', required=True,
-                        help='folder benchmark_RELEASE of SBD, or the folder dataset in it')
+    parser.add_argument('--sbd_root', required=True, help='folder benchmark_RELEASE of SBD, or dataset in it')
     parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit (default: %(default)s)')
     parser.add_argument('--out', help=f'folder for the masks (default: {AUG_GT_FOLDER} in --voc12_root)')
-    parser.add_argument('--num_workers', default=8, type=int,
-                        help='processes, at most one a core; 0 works in the main one (default: %(default)s)')
-    parser.add_argument('--resume', action='store_true',
-                        help='leave the masks that are already in --out as they are, to go on with a run that was '
-                             'stopped')
+    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
+    parser.add_argument('--resume', action='store_true', help='keep the masks that an interrupted run has finished')
     return parser
 
 

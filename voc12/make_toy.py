@@ -1,4 +1,4 @@
-"""Writes a small synthetic data set in the exact layout of PASCAL VOC 2012.
+"""Writes a small synthetic data set in the layout of PASCAL VOC 2012.
 
 A miniature of weakly supervised segmentation, for trying the whole pipeline without VOC. An object is a
 small striking head, whose pattern gives the class away, and a larger body in colours that all classes share, with a
@@ -10,6 +10,7 @@ import argparse
 import colorsys
 import os
 import sys
+from xml.sax.saxutils import escape
 
 import cv2
 import numpy as np
@@ -18,12 +19,12 @@ from PIL import Image
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, exit_on_bad_input, make_dir
+from tool.cli import check_range, exit_on_bad_input, make_dir
 from tool.files import atomic_write
 from tool.image_files import IGNORE, save_label_map
-from voc12.lists import ANNOT_FOLDER, GT_FOLDER, IMG_FOLDER, load_class_names
+from voc12.data_root import check_out, write_lines
+from voc12.lists import ANNOT_FOLDER, GT_FOLDER, IMG_FOLDER, LIST_FOLDER, load_class_names
 
-LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 MARKER = 'TOY.txt'                 # tells a folder of ours from a real VOC2012, whose names we would overwrite
 MOST_CLASSES = 24                  # heads that can be told apart
 MIN_SIDE = 48                      # pixels; below this heads are no longer more than a few pixels
@@ -204,19 +205,16 @@ def make_mask(instances, classes):
 
 
 def make_annotation(name, instances, classes, class_names):
-    """VOC's XML of one image, as text; boxes count from 1, both ends included."""
+    """Lines of VOC's XML of one image; boxes count from 1, both ends included."""
     h, w = instances.shape
-    lines = ['<annotation>', '\t<folder>VOC2012</folder>', f'\t<filename>{name}.jpg</filename>',
-             f'\t<size><width>{w}</width><height>{h}</height><depth>3</depth></size>', '\t<segmented>1</segmented>']
+    lines = ['<annotation>', f'\t<filename>{name}.jpg</filename>',
+             f'\t<size><width>{w}</width><height>{h}</height><depth>3</depth></size>']
     for number, k in enumerate(classes, 1):
-        ys, xs = np.nonzero(instances == number)
-        x0, y0, x1, y1 = xs.min() + 1, ys.min() + 1, xs.max() + 1, ys.max() + 1
-        cut = int(x0 == 1 or y0 == 1 or x1 == w or y1 == h)
-        lines += ['\t<object>', f'\t\t<name>{class_names[k]}</name>', '\t\t<pose>Unspecified</pose>',
-                  f'\t\t<truncated>{cut}</truncated>', '\t\t<difficult>0</difficult>',
-                  f'\t\t<bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>',
-                  '\t</object>']
-    return '\n'.join(lines + ['</annotation>', ''])
+        x, y, box_w, box_h = cv2.boundingRect((instances == number).astype(np.uint8))
+        lines += ['\t<object>', f'\t\t<name>{escape(class_names[k])}</name>', '\t\t<difficult>0</difficult>',
+                  f'\t\t<bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + box_w}</xmax>'
+                  f'<ymax>{y + box_h}</ymax></bndbox>', '\t</object>']
+    return lines + ['</annotation>']
 
 
 def split_indices(count, num_classes):
@@ -227,28 +225,13 @@ def split_indices(count, num_classes):
     return sorted(set(range(count)) - set(val)), val
 
 
-def check_args(args, class_names):
-    """Raises BadInput for values out of range and for a folder that holds something else."""
-    most = min(len(class_names), MOST_CLASSES)
-    if not 1 <= args.classes <= most:
-        raise BadInput(f'--classes must be 1..{most}, not {args.classes}')
-    if not 2 <= args.count <= 999999:
-        raise BadInput(f'--count must be 2..999999, not {args.count}')
-    if min(args.size) < MIN_SIDE:
-        raise BadInput(f'--size must be at least {MIN_SIDE} pixels a side, not {args.size[0]} {args.size[1]}')
-    if args.seed < 0:
-        raise BadInput(f'--seed must be 0 or more, not {args.seed}')
-    if os.path.isdir(args.out) and os.listdir(args.out) and not os.path.isfile(os.path.join(args.out, MARKER)):
-        raise BadInput(f'{args.out} holds files that are no toy set; name an empty or new folder (--out)')
-
-
 def get_args_parser():
     parser = argparse.ArgumentParser(description='Write a synthetic data set in the layout of VOC2012.')
     parser.add_argument('--out', required=True, metavar='ROOT',
                         help='folder to write, the --voc12_root of the other scripts; a toy set there is overwritten')
     parser.add_argument('--count', default=400, type=int, metavar='N',
                         help='number of images, a quarter of them val; use 4 per class or more')
-    parser.add_argument('--size', default=(128, 160), type=int, nargs=2, metavar=('H', 'W'),
+    parser.add_argument('--size', default=[128, 160], type=int, nargs=2, metavar=('H', 'W'),
                         help='height and width in pixels; each image varies by 15%% around them')
     parser.add_argument('--classes', type=int, metavar='K',
                         help='draw objects of the first K classes: 6, or all where there are fewer; networks keep an '
@@ -262,32 +245,30 @@ def main(args):
     class_names = load_class_names(args.class_names)
     if args.classes is None:
         args.classes = min(6, len(class_names))
-    check_args(args, class_names)
-
-    def save(path, data, **options):
-        """Writes text, or an image with Pillow's options, to a path below --out."""
-        with atomic_write(os.path.join(args.out, path)) as file:
-            if isinstance(data, str):
-                file.write(data.encode())
-            else:
-                data.save(file, **options)
-
+    check_range(args, 1, min(len(class_names), MOST_CLASSES), 'classes')
+    check_range(args, 2, 999999, 'count')
+    check_range(args, MIN_SIDE, 10000, 'size')
+    check_range(args, 0, 2 ** 63, 'seed')
+    check_out(args.out, MARKER)
     make_dir(args.out, '--out')
-    save(MARKER, f'made by voc12/make_toy.py --count {args.count} --size {args.size[0]} {args.size[1]} '
-                 f'--classes {args.classes} --seed {args.seed}\n')
+    write_lines(os.path.join(args.out, MARKER),
+                [f'made by voc12/make_toy.py --count {args.count} --size {args.size[0]} {args.size[1]} '
+                 f'--classes {args.classes} --seed {args.seed}'])
     for folder in (IMG_FOLDER, GT_FOLDER, ANNOT_FOLDER, LIST_FOLDER):
         make_dir(os.path.join(args.out, folder), '--out')
 
     names = [f'2007_{index + 1:06d}' for index in range(args.count)]
     for index, name in enumerate(names):
         img, instances, classes = make_image(args.seed, index, args.size, args.classes)
-        save(os.path.join(IMG_FOLDER, name + '.jpg'), Image.fromarray(img), format='JPEG', quality=92)
+        with atomic_write(os.path.join(args.out, IMG_FOLDER, name + '.jpg')) as file:
+            Image.fromarray(img).save(file, format='JPEG', quality=92)
         save_label_map(os.path.join(args.out, GT_FOLDER, name + '.png'), make_mask(instances, classes))
-        save(os.path.join(ANNOT_FOLDER, name + '.xml'), make_annotation(name, instances, classes, class_names))
+        write_lines(os.path.join(args.out, ANNOT_FOLDER, name + '.xml'),
+                    make_annotation(name, instances, classes, class_names))
 
     train, val = split_indices(args.count, args.classes)
     for split, indices in (('train', train), ('val', val), ('trainval', range(args.count))):
-        save(os.path.join(LIST_FOLDER, split + '.txt'), ''.join(names[index] + '\n' for index in indices))
+        write_lines(os.path.join(args.out, LIST_FOLDER, split + '.txt'), [names[index] for index in indices])
     print(f'{args.count} images ({len(train)} train, {len(val)} val) of {args.classes} classes in {args.out}')
 
 
