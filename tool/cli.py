@@ -35,11 +35,14 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
             yield
         except KeyboardInterrupt:
             exit_with('interrupted', 130)
+        except (BadInput, NotFinite) as error:
+            exit_with(f'error: {error}', 2)
         except Exception as error:
-            line = _explain(error, memory_help)
-            if line is None:
-                raise
-            exit_with(f'error: {line}', 2)
+            if is_out_of_memory(error):
+                exit_with(f'error: out of memory; what helps: {memory_help}', 2)
+            if isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error):
+                exit_with('error: a loader process was killed, perhaps for lack of memory (--num_workers)', 2)
+            raise
         finally:
             print(end='', flush=True)       # a closed pipe or a full disk is noticed here, not when Python ends
     except OSError as error:
@@ -49,16 +52,6 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
         if error.errno == errno.EPIPE:
             sys.exit(141)                   # as of a process that SIGPIPE ends
         exit_with(f'error: cannot write the output: {error.strerror}', 2)
-
-
-def _explain(error, memory_help):
-    """The line for an error that the user can mend; None for others, which are bugs."""
-    if isinstance(error, (BadInput, NotFinite)):
-        return str(error)
-    if is_out_of_memory(error):
-        return f'out of memory; what helps: {memory_help}'
-    if isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error):
-        return 'a loader process was killed, perhaps for lack of memory (--num_workers)'
 
 
 def is_out_of_memory(error):

