@@ -170,29 +170,23 @@ def report_one(matrix, categories, chosen, result, args):
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # data
-    parser.add_argument('--list', default='./VOC2012/ImageSets/Segmentation/train.txt', help='images to score')
-    parser.add_argument('--predict_dir', default='./out_rw', help='folder of predictions, NAME.png or NAME.npy')
-    parser.add_argument('--gt_dir', default='./VOC2012/' + GT_FOLDER, help='folder of ground truth, NAME.png')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
+    add('--list', default='./VOC2012/ImageSets/Segmentation/train.txt', help='images to score')
+    add('--predict_dir', default='./out_rw', help='folder of predictions, NAME.png or NAME.npy')
+    add('--gt_dir', default='./VOC2012/' + GT_FOLDER, help='folder of ground truth, NAME.png')
+    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
     # what is scored
-    parser.add_argument('--type', default='png', choices=['png', 'npy', 'crf'],
-                        help='png: label maps; npy: CAM dicts, keys from 0; crf: CRF dicts, where 0 is the background')
-    parser.add_argument('--t', type=float, help='background score, for --type npy without --curve')
-    parser.add_argument('--curve', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
-                        help='mIoU over the background scores of --t_list, for --type npy')
-    parser.add_argument('--t_list', type=float, nargs='+', metavar='T',
-                        help='background scores of the curve, ascending; 0.00 to 0.59 without it, and on to 0.99 where '
-                             'the best is near the end')
-    parser.add_argument('--mean_classes', nargs='+', metavar='NAME',
-                        help='average over these classes too, and pick the best background score, mFP and mFN by them: '
-                             'background cat dog ...')
+    add('--type', default='png', choices=['png', 'npy', 'crf'], help='label maps; CAM dicts, from key 0; CRF dicts')
+    add('--t', type=float, help='background score, for --type npy without --curve')
+    add('--curve', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL', help='mIoU over --t_list (npy)')
+    add('--t_list', type=float, nargs='+', metavar='T', help='background scores; else 0 to 0.59, or 0.99 if best there')
+    add('--mean_classes', nargs='+', metavar='NAME', help='average over these too, and pick the best score by them')
     # outputs
-    parser.add_argument('--logfile', default='./evallog.txt', help='the result is appended to this file')
-    parser.add_argument('--comment', required=True, help='a line for the log file')
-    parser.add_argument('--out_prefix', help='of the files _result.csv, and _confusion.csv or _curve.csv and '
-                                             '_curve.png; not given: the name of --predict_dir, beside the log file')
+    add('--logfile', default='./evallog.txt', help='the result is appended to this file')
+    add('--comment', required=True, help='a line for the log file')
+    add('--out_prefix', help='of the .csv and .png files; not given: the name of --predict_dir, beside the log file')
     return parser
 
 

@@ -6,17 +6,16 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from torchvision import transforms
-from tqdm import tqdm
 
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
-from tool.outputs import (Errors, ResultFolder, SkipBad, SpaceCheck, describe_folder, no_more_than_a_warning,
-                          open_folders, warn_of_background)
+from tool.outputs import (Errors, ResultFolder, SpaceCheck, describe_folder, no_more_than_a_warning, open_folders,
+                          warn_of_background)
+from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
@@ -120,61 +119,47 @@ def write_crf(cam_dict, alphas, orig_img, paths, dtype, backend, device):
 def label_map(cam_dict, background_score):
     """uint8 (H, W) of 0 and class + 1: the largest of a constant background score and the maps; ties go to the
     background, then to the lower class."""
-    maps = np.stack(list(cam_dict.values()))
-    scores = np.concatenate([np.full_like(maps[:1], background_score), maps])
-    return np.array([0] + [key + 1 for key in cam_dict], np.uint8)[scores.argmax(axis=0)]
+    background = np.full_like(next(iter(cam_dict.values())), background_score)
+    labels = score_files.strongest_label({0: background, **{key + 1: cam for key, cam in cam_dict.items()}})
+    return labels.astype(np.uint8)
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
-    parser.add_argument('--infer_list', default='voc12/train.txt', help='images to work on')
-    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels; where the file is missing, the XML annotations are read')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
+    add('--infer_list', default='voc12/train.txt', help='images to work on')
+    add('--cls_labels', default='voc12/cls_labels.npy', help='image-level labels; without this file the XML is read')
+    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
-    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
-    parser.add_argument('--weights', help='trained .pth; needed without --cam_dir')
-    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network: less memory and time on a GPU')
+    add('--network', default='network.resnet38_SEAM', help='module with a class Net')
+    add('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
+    add('--weights', help='trained .pth; needed without --cam_dir')
+    add('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network: less memory and time')
     # maps
-    parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
-                        help='factors of the image size (the scale table)')
-    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
-                        help='1: each scale is run with its mirror image; 0: without')
-    parser.add_argument('--cam_dir', help='finished CAM dicts, an --out_cam folder, in place of the network: for '
-                                          '--out_crf and --out_cam_pred with other settings')
-    parser.add_argument('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
-                        help='the map refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
-    parser.add_argument('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
-    parser.add_argument('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
-                        help='background exponents of the CRF, one output folder each')
-    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
-                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
-    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
-                                                        'all cores where a GPU runs the network, else 0')
+    add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+', help='factors of the size (the scale table)')
+    add('--flip', default=1, type=int, choices=[0, 1], help='1: each scale is run with its mirror image; 0: without')
+    add('--cam_dir', help='a finished --out_cam in place of the network, for other --out_crf and --out_cam_pred')
+    add('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'], help='cam_rv: refined by PCM')
+    add('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
+    add('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+', help='background exponents, one output folder each')
+    add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
+    add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
     # outputs
-    parser.add_argument('--out_cam', help='folder for the CAM dicts, NAME.npy')
-    parser.add_argument('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
-    parser.add_argument('--out_cam_pred', help='folder for label maps, NAME.png')
-    parser.add_argument('--out_cam_pred_alpha', default=0.26, type=float,
-                        help='background score of these label maps (not an exponent)')
-    parser.add_argument('--cam_dtype', default='float32', choices=['float32', 'float16'],
-                        help='of the CAM and CRF dicts; float16 takes half the space')
-    parser.add_argument('--cam_format', default='npy', choices=['npy', 'npz'],
-                        help="npy: the reference's pickled dicts; npz: compressed, without pickle, slower to write")
-    parser.add_argument('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
-    parser.add_argument('--vis_count', default=20, type=int,
-                        help='how many images of the list get one; those that are finished already get none')
-    parser.add_argument('--resume', action='store_true',
-                        help='keep finished files, in folders of the same settings; without it all are made anew')
-    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
-                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    add('--out_cam', help='folder for the CAM dicts, NAME.npy')
+    add('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
+    add('--out_cam_pred', help='folder for label maps, NAME.png')
+    add('--out_cam_pred_alpha', default=0.26, type=float, help='background score of these maps (not an exponent)')
+    add('--cam_dtype', default='float32', choices=['float32', 'float16'], help='of the CAM and CRF dicts')
+    add('--cam_format', default='npy', choices=['npy', 'npz'], help='npz: compressed, without pickle, slower to write')
+    add('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
+    add('--vis_count', default=20, type=int, help='how many images of the list get one, if not finished already')
+    add('--resume', action='store_true', help='keep finished files of the same settings; without it all are made anew')
+    add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
     return parser
 
 
@@ -196,23 +181,8 @@ def check_args(args):
         raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
 
 
-def make_dataset(args, class_names):
-    """Names with views and labels of the images for the network; with --cam_dir names and images."""
-    if args.cam_dir:
-        return VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.array)
-    return VOC12ClsDatasetMSF(args.infer_list, voc12_root=args.voc12_root, scales=args.scales,
-                              inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
-                              cls_labels=args.cls_labels, class_names=class_names)
-
-
-def load_network(args, num_classes, device):
-    net = import_network(args.network, 'PCM', args.backbone)(
-        num_classes=num_classes, pcm=args.pcm == 'on' and args.map == 'cam_rv')
-    return load_trained(net, args.weights, device)
-
-
 def result_folders(args, class_names):
-    """The ResultFolders of the CAMs, the label maps (None for what is not asked for), and each CRF alpha (a list).
+    """Lists of the ResultFolders of the CAMs, of the label maps (both of one, or empty), and of each CRF alpha.
     Their settings are all that the files depend on; the CRF backend is not among them: both give the same scores."""
     if args.cam_dir:
         settings = describe_folder(args.cam_dir, 'cam_dir')
@@ -221,18 +191,13 @@ def result_folders(args, class_names):
         settings.update(weights=file_digest(args.weights), class_names=class_names,
                         cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
     of_dicts = {**settings, 'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}
+    of_labels = {**settings, 'background_score': args.out_cam_pred_alpha}
     extension = '.' + args.cam_format
-    alphas = args.crf_alpha if args.out_crf else []
-    cam_folder = label_folder = None
-    if args.out_cam:
-        cam_folder = ResultFolder(args.out_cam, '--out_cam', extension, of_dicts)
-    if args.out_cam_pred:
-        label_folder = ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png',
-                                    {**settings, 'background_score': args.out_cam_pred_alpha})
-    crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
-                                {**of_dicts, 'alpha': alpha, 'crf': crf.describe_crf()})
-                   for alpha in alphas]
-    return cam_folder, label_folder, crf_folders
+    return ([ResultFolder(args.out_cam, '--out_cam', extension, of_dicts)] if args.out_cam else [],
+            [ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png', of_labels)] if args.out_cam_pred else [],
+            [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
+                          {**of_dicts, 'alpha': alpha, 'crf': crf.describe_crf()})
+             for alpha in (args.crf_alpha if args.out_crf else [])])
 
 
 def save_picture(path, orig_img, cam_dict, class_names, background_score):
@@ -249,42 +214,45 @@ def main(args):
     class_names = load_class_names(args.class_names)
     device = get_device(args.device, args.tf32)
     backend = crf.choose_crf_backend(args.crf_backend) if args.out_crf else None
-    dataset = make_dataset(args, class_names)
-    if args.cam_dir and args.on_error == 'stop':        # better now than after hours
-        score_files.check_scores(args.cam_dir, dataset.img_name_list, '--cam_dir')
-    net = None if args.cam_dir else load_network(args, len(class_names), device)
+    if args.cam_dir:
+        dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.array)
+        if args.on_error == 'stop':         # better now than after hours
+            score_files.check_scores(args.cam_dir, dataset.img_name_list, '--cam_dir')
+    else:
+        dataset = VOC12ClsDatasetMSF(
+            args.infer_list, voc12_root=args.voc12_root, scales=args.scales, cls_labels=args.cls_labels,
+            inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
+            class_names=class_names)
+        net = import_network(args.network, 'PCM', args.backbone)(
+            num_classes=len(class_names), pcm=args.pcm == 'on' and args.map == 'cam_rv')
+        load_trained(net, args.weights, device)
 
     # ----- outputs -----
-    cam_folder, label_folder, crf_folders = result_folders(args, class_names)
-    folders = [folder for folder in (cam_folder, label_folder, *crf_folders) if folder]
+    cam_folders, label_folders, crf_folders = result_folders(args, class_names)
+    folders = cam_folders + label_folders + crf_folders
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
     todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume, [args.cam_dir])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
-    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda')
     errors = Errors(args.on_error, MEMORY_HELP)
     space = SpaceCheck(folders, todo)
 
     # ----- inference -----
     with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
-        for item, name in zip(tqdm(loader, desc='CAM', dynamic_ncols=True, disable=None), todo):
+        for name, *item in read_items(dataset, todo, errors, args.num_workers, device, 'CAM'):
             with errors.caught(name):
-                if isinstance(item, Exception):
-                    raise item
                 if args.cam_dir:
-                    orig_img = item[1].numpy()
+                    orig_img = item[0].numpy()
                     cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', orig_img.shape[:2],
                                                         len(class_names))
                 else:
                     orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
-                    _, views, label = item
-                    cam_dict = compute_cams(net, name, views, label, orig_img.shape[:2], args, device)
-                if cam_folder:
-                    score_files.save_scores(cam_folder.file(name), cam_dict, args.cam_dtype)
-                if label_folder:
-                    image_files.save_label_map(label_folder.file(name), label_map(cam_dict, args.out_cam_pred_alpha))
+                    cam_dict = compute_cams(net, name, *item, orig_img.shape[:2], args, device)
+                for folder in cam_folders:
+                    score_files.save_scores(folder.file(name), cam_dict, args.cam_dtype)
+                for folder in label_folders:
+                    image_files.save_label_map(folder.file(name), label_map(cam_dict, args.out_cam_pred_alpha))
                 if name in pictured:
                     with no_more_than_a_warning(f'no picture of {name}'):
                         save_picture(os.path.join(args.vis_dir, name + '.jpg'), orig_img, cam_dict, class_names,

@@ -1,6 +1,5 @@
 """Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
 import argparse
-import functools
 import os
 import sys
 import warnings
@@ -8,9 +7,7 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from torchvision import transforms
-from tqdm import tqdm
 
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
@@ -18,8 +15,8 @@ from tool.affinity_pairs import fit_radius, pair_indices
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir, str2bool
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
-from tool.outputs import (Errors, ResultFolder, SkipBad, describe_folder, no_more_than_a_warning, open_folders,
-                          warn_of_background)
+from tool.outputs import Errors, ResultFolder, describe_folder, no_more_than_a_warning, open_folders, warn_of_background
+from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import STRIDE, VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
@@ -71,29 +68,23 @@ def crf_disagreement(name, folders, size, num_classes):
     return score_files.strongest_label(low) != score_files.strongest_label(high)
 
 
-def refine_with_crf(scores, present, img, num_classes, backend, device):
-    """The dense CRF of the walk's scores (K, H, W) for the labels `present`, on a padded normalised image (3, H, W).
-    All classes take part, as in the reference: those that are not in the image have score 0. Returns (K, H, W)."""
-    everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
-    everything[present] = scores
-    return crf.crf_inference(imutils.denormalize(img), everything, CRF_ITERATIONS, backend=backend,
-                             device=device)[present]
-
-
-def write_labels(path, scores, present, img, ignored, ignore_below, refine=None):
+def write_labels(path, scores, present, img, ignored, num_classes, backend, device, args):
     """Writes the pseudo label of one image; the job of a worker process where there is a CRF.
 
     scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
-    image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case. refine: `refine_with_crf` with
-    its other arguments bound. Returns the share of pixels that are background.
+    image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case. Returns the share of pixels that
+    are background.
     """
-    if refine:
-        scores = refine(scores, present, img)
+    if args.crf:
+        everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)     # absent classes take part with 0
+        everything[present] = scores
+        scores = crf.crf_inference(imutils.denormalize(img), everything, CRF_ITERATIONS, backend=backend,
+                                   device=device)[present]
     h, w = ignored.shape
     scores = scores[:, :h, :w]
     labels = np.array(present)[scores.argmax(axis=0)]
     share = (labels == 0).mean()
-    unsure = scores.max(axis=0) < ignore_below * np.maximum(scores, 0).sum(axis=0)
+    unsure = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
     labels[ignored | unsure] = image_files.IGNORE
     image_files.save_label_map(path, labels)
     return share
@@ -101,44 +92,35 @@ def write_labels(path, scores, present, img, ignored, ignore_below, refine=None)
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
-    parser.add_argument('--cam_dir', required=True,
-                        help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    add('--infer_list', default='voc12/val.txt', help='images to work on')
+    add('--cam_dir', required=True, help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
+    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
-    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
-    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
-    parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network: less memory and time on a GPU')
+    add('--network', default='network.resnet38_aff', help='module with a class Net')
+    add('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
+    add('--weights', required=True, help='trained .pth')
+    add('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network: less memory and time')
     # random walk
-    parser.add_argument('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
-    parser.add_argument('--beta', default=8, type=int,
-                        help='exponent of the affinities: the higher, the more weak ones are suppressed')
-    parser.add_argument('--logt', default=6, type=int, help='the walk takes 2^logt steps')
-    parser.add_argument('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
-                        help='one iteration of the dense CRF on the result')
-    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
-                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
-    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
-                                                        'all cores where a GPU runs the network, else 0')
+    add('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
+    add('--beta', default=8, type=int, help='exponent of the affinities: the higher, the fewer weak ones count')
+    add('--logt', default=6, type=int, help='the walk takes 2^logt steps')
+    add('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL', help='one iteration of the CRF')
+    add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
+    add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
     # outputs
-    parser.add_argument('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
-    parser.add_argument('--ignore_below', default=0.0, type=float,
-                        help='write 255 where the winning class has less than this share of the scores')
-    parser.add_argument('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
-                        help='write 255 where the labels of these two CRF folders of infer_SEAM.py differ')
-    parser.add_argument('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
-    parser.add_argument('--vis_count', default=20, type=int, help='how many images of the list get one')
-    parser.add_argument('--resume', action='store_true',
-                        help='keep finished files, in folders of the same settings; without it all are made anew')
-    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
-                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    add('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
+    add('--ignore_below', default=0.0, type=float, help='255 where the winning class has less than this share')
+    add('--ignore_crf', nargs=2, metavar=('LA', 'HA'), help='255 where the labels of these two CRF folders differ')
+    add('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
+    add('--vis_count', default=20, type=int, help='how many images of the list get one')
+    add('--resume', action='store_true', help='keep finished files of the same settings; without it all are made anew')
+    add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
     return parser
 
 
@@ -151,16 +133,6 @@ def check_args(args):
     check_dir(args.cam_dir, '--cam_dir')
     for folder in args.ignore_crf or ():
         check_dir(folder, '--ignore_crf')
-
-
-def label_folder(args):
-    """The ResultFolder of the pseudo labels."""
-    settings = {key: getattr(args, key) for key in ('network', 'alpha', 'beta', 'logt', 'amp', 'ignore_below')}
-    settings.update(weights=file_digest(args.weights), crf=crf.describe_crf(CRF_ITERATIONS) if args.crf else None,
-                    **describe_folder(args.cam_dir, 'cam_dir'))
-    for flag, folder in zip(('ignore_crf LA', 'ignore_crf HA'), args.ignore_crf or ()):
-        settings.update(describe_folder(folder, flag))
-    return ResultFolder(args.out_rw, '--out_rw', '.png', settings)
 
 
 def walk_image(net, name, img, cam_dict, args, device):
@@ -205,25 +177,21 @@ def main(args):
     net = load_trained(import_network(args.network, 'radius', args.backbone)(), args.weights, device)
 
     # ----- outputs -----
-    folder = label_folder(args)
+    settings = {key: getattr(args, key) for key in ('network', 'alpha', 'beta', 'logt', 'amp', 'ignore_below')}
+    settings.update(weights=file_digest(args.weights), crf=crf.describe_crf(CRF_ITERATIONS) if args.crf else None)
+    for flag, path in zip(('cam_dir', 'ignore_crf LA', 'ignore_crf HA'), (args.cam_dir, *(args.ignore_crf or ()))):
+        settings.update(describe_folder(path, flag))
+    folder = ResultFolder(args.out_rw, '--out_rw', '.png', settings)
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
     todo = open_folders([folder], names[rank::ranks], args.resume, [args.cam_dir, *(args.ignore_crf or ())])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
-    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda')
     errors = Errors(args.on_error, MEMORY_HELP)
 
     # ----- inference -----
-    refine = None
-    if args.crf:
-        refine = functools.partial(refine_with_crf, num_classes=num_classes, backend=backend, device=device)
     with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
-        for item, name in zip(tqdm(loader, desc='random walk', dynamic_ncols=True, disable=None), todo):
+        for name, img in read_items(dataset, todo, errors, args.num_workers, device, 'random walk'):     # (3, H, W)
             with errors.caught(name):
-                if isinstance(item, Exception):
-                    raise item
-                img = item[1]                                               # (3, H, W)
                 h, w = img.shape[1:]
                 cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', (h, w), num_classes)
                 ignored = np.zeros((h, w), bool)
@@ -232,8 +200,8 @@ def main(args):
                 img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
                 scores = walk_image(net, name, img, cam_dict, args, device)
                 present = [0] + [key + 1 for key in sorted(cam_dict)]
-                pool.submit(write_labels, folder.file(name), scores, present, img.numpy(), ignored, args.ignore_below,
-                            refine, name=name)
+                pool.submit(write_labels, folder.file(name), scores, present, img.numpy(), ignored, num_classes,
+                            backend, device, args, name=name)
     if args.vis_dir:
         save_pictures(names[:args.vis_count], folder, args)
     warn_of_background(pool.results, folder.path, '--alpha')

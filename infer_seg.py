@@ -5,8 +5,6 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from network.weights import load_trained
 from tool import imutils
@@ -15,8 +13,9 @@ from tool.crf import Kernels, choose_crf_backend, choose_crf_workers, crf_infere
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.image_files import save_label_map
-from tool.outputs import Errors, ResultFolder, SkipBad, SpaceCheck, open_folders
+from tool.outputs import Errors, ResultFolder, SpaceCheck, open_folders
 from tool.score_files import save_scores
+from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import VOC12ImageDataset
 from voc12.lists import load_class_names
@@ -59,38 +58,30 @@ def write_results(prob, img, label_path, prob_path, crf, backend, device):
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    parser.add_argument('--infer_list', default='voc12/val.txt', help='images to work on')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    add('--infer_list', default='voc12/val.txt', help='images to work on')
+    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
-    parser.add_argument('--network', default='network.resnet38_deeplab', help='module with a class Net')
-    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_deeplab')
-    parser.add_argument('--weights', required=True, help='trained .pth')
-    parser.add_argument('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network: less memory and time on a GPU')
+    add('--network', default='network.resnet38_deeplab', help='module with a class Net')
+    add('--backbone', help='model of timm, for a --network of timm such as network.timm_deeplab')
+    add('--weights', required=True, help='trained .pth')
+    add('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
+    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network: less memory and time')
     # test protocol; the defaults are those of the published numbers
-    parser.add_argument('--scales', default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], type=float, nargs='+',
-                        help='factors of the image size')
-    parser.add_argument('--flip', default=1, type=int, choices=[0, 1],
-                        help='1: each scale is run with its mirror image; 0: without')
-    parser.add_argument('--crf', default='on', choices=['on', 'off'],
-                        help='one iteration of the dense CRF on the probabilities')
-    parser.add_argument('--crf_backend', choices=['pydensecrf', 'torch'],
-                        help='torch: the same CRF in PyTorch, on --device; not given: pydensecrf where it is installed')
-    parser.add_argument('--crf_workers', type=int, help='processes for pydensecrf, 0 for none of its own; not given: '
-                                                        'all cores where a GPU runs the network, else 0')
+    add('--scales', default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], type=float, nargs='+', help='factors of the size')
+    add('--flip', default=1, type=int, choices=[0, 1], help='1: each scale is run with its mirror image; 0: without')
+    add('--crf', default='on', choices=['on', 'off'], help='one iteration of the dense CRF on the probabilities')
+    add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
+    add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
     # outputs
-    parser.add_argument('--out_seg', help='folder for the label maps, NAME.png')
-    parser.add_argument('--out_prob', help='folder for the probabilities, NAME.npy: dicts as those of --out_crf of '
-                                           'infer_SEAM.py, of all classes')
-    parser.add_argument('--resume', action='store_true',
-                        help='keep finished files, in folders of the same settings; without it all are made anew')
-    parser.add_argument('--on_error', default='stop', choices=['stop', 'skip'],
-                        help='skip: go on past a bad image, list it at the end, exit code 3')
+    add('--out_seg', help='folder for the label maps, NAME.png')
+    add('--out_prob', help='folder for the probabilities, NAME.npy, as --out_crf of infer_SEAM.py with all classes')
+    add('--resume', action='store_true', help='keep finished files of the same settings; without it all are made anew')
+    add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
     return parser
 
 
@@ -102,11 +93,6 @@ def check_args(args):
     check_file(args.weights, '--weights')
 
 
-def normalize(img):
-    """`imutils.normalize` in float32 arithmetic throughout, as in training."""
-    return imutils.normalize(np.asarray(img, np.float32))
-
-
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
@@ -114,7 +100,7 @@ def main(args):
     backend = choose_crf_backend(args.crf_backend) if args.crf == 'on' else None
 
     # ----- data and network -----
-    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=normalize)
+    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.array)
     net = import_network(args.network, 'segments', args.backbone)(num_classes=len(class_names))
     load_trained(net, args.weights, device)
 
@@ -127,17 +113,14 @@ def main(args):
     folders = [folder for folder in (label_folder, prob_folder) if folder]
     rank, ranks = get_rank()
     todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume)
-    loader = DataLoader(SkipBad(dataset, todo), batch_size=None, num_workers=args.num_workers)
     errors = Errors(args.on_error, MEMORY_HELP)
     space = SpaceCheck(folders, todo)
 
     # ----- inference -----
     with BoundedPool(choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
-        for item, name in zip(tqdm(loader, desc='segmentation', dynamic_ncols=True, disable=None), todo):
+        for name, img in read_items(dataset, todo, errors, args.num_workers, device, 'segmentation'):
             with errors.caught(name):
-                if isinstance(item, Exception):
-                    raise item
-                img = item[1].numpy()                                       # (H, W, 3)
+                img = imutils.normalize(img.numpy().astype(np.float32))     # (H, W, 3), in float32 as in training
                 prob = multi_scale_probability(net, img, args.scales, args.flip, device, args.amp)
                 if not np.isfinite(prob).all():
                     raise BadInput(f'the probabilities of {name} are NaN (--weights {args.weights}, --amp {args.amp})')

@@ -10,18 +10,16 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from network.seam import suppress_weaker_classes
+from network.seam import pseudo_label
 from network.weights import load_weights
 from tool import imutils, visualization
 from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
-from tool.devices import (autocast, check_replicas, describe_run, get_device, get_rank, mean_over_ranks, parallel,
-                          use_deterministic)
+from tool.devices import autocast, get_rank, mean_over_ranks, parallel
 from tool.metrics import ClassificationMeter
-from tool.pyutils import AverageMeter, Logger, Timer
-from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches,
-                             set_seed)
-from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, outlive_sigterm, report_progress, resume,
-                           save_checkpoint, save_weights, training_steps)
+from tool.pyutils import AverageMeter, Timer
+from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches
+from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, open_log, outlive_sigterm, report_progress,
+                           resume, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import load_class_names
@@ -73,14 +71,6 @@ def draw_theta(n, h, w, max_rotation, max_translation):
     cos, sin, aspect = angle.cos(), angle.sin(), (h - 1) / (w - 1)
     return torch.stack([torch.stack([cos, -sin * aspect, shift[:, 0]], dim=1),
                         torch.stack([sin / aspect, cos, shift[:, 1]], dim=1)], dim=1)
-
-
-def pseudo_label(cam):
-    """What ECR pulls the other view to, without gradient: channel 0 := 1 - the largest foreground value, then
-    each pixel keeps its strongest foreground classes at their magnitude ("one-hot" in the reference)."""
-    cam = cam.detach()
-    background = 1 - cam[:, 1:].amax(dim=1, keepdim=True)
-    return suppress_weaker_classes(torch.cat([background, cam[:, 1:]], dim=1))
 
 
 def hard_example_mean(difference, topk_ratio, inside=None):
@@ -186,75 +176,56 @@ def forward_losses(model, img, label, args):
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
-    parser.add_argument('--train_list', default='voc12/train_aug.txt', help='training images')
-    parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
-    parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels; where the file is missing, the XML annotations are read')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--resize_long', default=[448, 768], type=int, nargs=2, metavar=('MIN', 'MAX'),
-                        help='range of the random long side, in pixels')
-    parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
+    add('--train_list', default='voc12/train_aug.txt', help='training images')
+    add('--val_list', default='voc12/val.txt', help='unused, as in the reference')
+    add('--cls_labels', default='voc12/cls_labels.npy', help='image-level labels; without this file the XML is read')
+    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--resize_long', default=[448, 768], type=int, nargs=2, help='range of the random long side, in pixels')
+    add('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
+    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
-    parser.add_argument('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights '
-                                          'that timm has for its models, else random')
-    parser.add_argument('--reset_head', action='store_true',
-                        help='start with a new classifier layer, where --weights were trained on other classes')
-    parser.add_argument('--fit_classifier', action='store_true',
-                        help='first fit the classifier to the features of one pass over the list: for backbones that '
-                             'come without one, as those of timm')
+    add('--network', default='network.resnet38_SEAM', help='module with a class Net')
+    add('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
+    add('--weights', help='ImageNet .params or .pth to start from; not given: those of timm for its nets, else random')
+    add('--reset_head', action='store_true', help='new classifier layer, where --weights were trained on other classes')
+    add('--fit_classifier', action='store_true', help='first fit a classifier to the features of the list, for timm')
     # objective; the defaults are the paper's, table 1 takes the parts out one by one
-    parser.add_argument('--classifier_only', action='store_true',
-                        help='classification loss on one view, no SEAM: the CAM baseline of table 1')
-    parser.add_argument('--er_weight', default=1.0, type=float, help='of the equivariance loss; 0 takes it out')
-    parser.add_argument('--ecr_weight', default=1.0, type=float, help='of the cross regularisation; 0 takes it out')
-    parser.add_argument('--rvmin_weight', default=1.0, type=float,
-                        help='of the term that keeps the refined maps low somewhere in the image; 0 takes it out')
-    parser.add_argument('--topk_ratio', default=0.2, type=float,
-                        help='share of the values, the hardest, that ECR counts; 1: no hard-example mining (table 1)')
-    parser.add_argument('--pcm', default='on', choices=['on', 'off'],
-                        help='off: the refined map is the plain CAM (table 1)')
-    parser.add_argument('--transform', default=['rescale'], nargs='+',
-                        choices=['rescale', 'flip', 'rotation', 'translation'],
-                        help='what makes the second view, and its CAMs are to follow (the transform table)')
-    parser.add_argument('--scale_factor', default=0.3, type=float, help='of the second view, with --transform rescale')
-    parser.add_argument('--max_rotation', default=20.0, type=float, help='degrees, with --transform rotation')
-    parser.add_argument('--max_translation', default=15.0, type=float, help='pixels, with --transform translation')
-    parser.add_argument('--train_bn', action='store_true',
-                        help='train batch norm and the early layers too, to pretrain from random weights')
-    parser.add_argument('--dropout', default=1.0, type=float,
-                        help='factor on the dropout rates; 0 learns faster from random weights')
+    add('--classifier_only', action='store_true', help='one view, no SEAM: the CAM baseline of table 1')
+    add('--er_weight', default=1.0, type=float, help='of the equivariance loss; 0 takes it out')
+    add('--ecr_weight', default=1.0, type=float, help='of the cross regularisation; 0 takes it out')
+    add('--rvmin_weight', default=1.0, type=float, help='of the term that keeps refined maps low somewhere; 0: out')
+    add('--topk_ratio', default=0.2, type=float, help='share of the hardest values that ECR counts; 1: all (table 1)')
+    add('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM (table 1)')
+    add('--transform', default=['rescale'], nargs='+', choices=['rescale', 'flip', 'rotation', 'translation'],
+        help='what makes the second view, and its CAMs are to follow (the transform table)')
+    add('--scale_factor', default=0.3, type=float, help='of the second view, with --transform rescale')
+    add('--max_rotation', default=20.0, type=float, help='degrees, with --transform rotation')
+    add('--max_translation', default=15.0, type=float, help='pixels, with --transform translation')
+    add('--train_bn', action='store_true', help='train norms and early layers too, to pretrain from random weights')
+    add('--dropout', default=1.0, type=float, help='factor on the rates; 0 learns faster from random weights')
     # optimisation
-    parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
-    parser.add_argument('--accum', default=1, type=int,
-                        help='parts that a batch goes through the network in, for less memory at the same gradient')
-    parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
-    parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
-    parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
-    parser.add_argument('--momentum', type=float,
-                        help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    add('--batch_size', default=8, type=int, help='images per step, over all GPUs')
+    add('--accum', default=1, type=int, help='parts that a batch is run in: less memory, the same gradient')
+    add('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
+    add('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
+    add('--wt_dec', default=5e-4, type=float, help='weight decay')
+    add('--momentum', type=float, help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
     # the machine
-    parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
-    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network, float32 losses: less memory and time on a GPU')
-    parser.add_argument('--checkpointing', action='store_true',
-                        help='compute the blocks again in the backward pass: much less memory, a fifth more operations')
+    add('--seed', default=0, type=int, help='of all random numbers')
+    add('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
+    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
+    add('--checkpointing', action='store_true', help='recompute blocks: much less memory, a fifth more operations')
     # outputs
-    parser.add_argument('--session_name', default='resnet38_SEAM',
-                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
-    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
-                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
-    parser.add_argument('--save_every', default=1000, type=int,
-                        help='steps between checkpoints, which are also written after every epoch')
-    parser.add_argument('--log_every', default=50, type=int, help='steps between the lines of the log')
-    parser.add_argument('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
+    add('--session_name', default='resnet38_SEAM', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
+    add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
+    add('--save_every', default=1000, type=int, help='steps between checkpoints; there is one after every epoch too')
+    add('--log_every', default=50, type=int, help='steps between the lines of the log')
+    add('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
     return parser
 
 
@@ -294,12 +265,7 @@ def warn_of_poor_training(log, means, chance):
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
-    set_seed(args.seed)
-    rank, _ = get_rank()
-    device = get_device(args.device, args.tf32, one_gpu=args.train_bn)
-    check_replicas(device, args.amp)
-    if args.deterministic:
-        use_deterministic()
+    device = set_up(args, one_gpu=args.train_bn)
 
     # ----- data -----
     dataset = VOC12ClsDataset(args.train_list, voc12_root=args.voc12_root, cls_labels=args.cls_labels,
@@ -312,8 +278,6 @@ def main(args):
                                   imutils.RandomCrop(args.crop_size),
                                   imutils.HWC_to_CHW,
                                   torch.from_numpy]))
-    if len(dataset) < args.batch_size:
-        raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
@@ -332,16 +296,13 @@ def main(args):
         load_weights(net, args.weights, new_heads=net.new_heads, reset=net.classifier if args.reset_head else ())
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
     net.to(device)
-    last = args.session_name + '_last.pth'
     inputs = digest_inputs(train_list=dataset.img_name_list, cls_labels=dataset.labels, class_names=class_names)
+    checkpoint = net, optimizer, scaler, args, inputs
     if args.resume:
-        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args, inputs)
+        resume(*checkpoint)
 
-    log = Logger(args.session_name, append=args.resume, quiet=rank > 0)
-    for line in describe_run(args, device):
-        log(line)
-    log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
+    log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if from_scratch:
@@ -355,11 +316,10 @@ def main(args):
     model = parallel(net.train(), device)
 
     # ----- training -----
-    writer = visualization.open_writer(args.tblog_dir, log) if rank == 0 else None
+    writer = visualization.open_writer(args.tblog_dir, log) if get_rank()[0] == 0 else None
     meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
-    save = functools.partial(save_checkpoint, last, net, optimizer, scaler, args, inputs)
 
-    for step, names, img, label in training_steps(loader, optimizer, meter, save, args, log):
+    for step, names, img, label in training_steps(loader, meter, log, *checkpoint):
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
             terms, cam, cam_rv = forward_losses(model, img_part, label_part, args)
@@ -377,9 +337,8 @@ def main(args):
         if writer and step % args.log_every == 0:
             visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
 
-    if rank == 0:
-        save_weights(net, args.session_name + '.pth')
-    if rank == 0 and args.classifier_only:      # what all training scripts take as --weights, in place of ImageNet's
+    save_weights(net, args.session_name + '.pth')
+    if args.classifier_only:      # what all training scripts take as --weights, in place of ImageNet's
         save_weights(net, args.session_name + '_backbone.pth', leave_out=net.new_heads)
     log(f'wrote {args.session_name}.pth')
 

@@ -1,6 +1,5 @@
 """Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
-import functools
 import itertools
 
 import numpy as np
@@ -11,14 +10,12 @@ from torchvision import transforms
 from network.weights import load_weights
 from tool import imutils
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
-from tool.devices import (autocast, check_replicas, describe_run, get_device, get_rank, mean_over_ranks, parallel,
-                          sum_over_ranks, use_deterministic)
+from tool.devices import autocast, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.outputs import describe_folder
-from tool.pyutils import AverageMeter, Logger, Timer
-from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches,
-                             set_seed)
-from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, outlive_sigterm, report_progress, resume,
-                           save_checkpoint, save_weights, training_steps)
+from tool.pyutils import AverageMeter, Timer
+from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches
+from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, open_log, outlive_sigterm, report_progress,
+                           resume, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import STRIDE, VOC12AffDataset
 from voc12.lists import load_class_names
@@ -53,46 +50,39 @@ def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
     # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    parser.add_argument('--train_list', default='voc12/train_aug.txt', help='training images')
-    parser.add_argument('--val_list', default='voc12/val.txt', help='unused, as in the reference')
-    parser.add_argument('--la_crf_dir', required=True, help='CRF scores of the low alpha: <out_crf>_4.0')
-    parser.add_argument('--ha_crf_dir', required=True, help='CRF scores of the high alpha: <out_crf>_24.0')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
-    parser.add_argument('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    add('--train_list', default='voc12/train_aug.txt', help='training images')
+    add('--val_list', default='voc12/val.txt', help='unused, as in the reference')
+    add('--la_crf_dir', required=True, help='CRF scores of the low alpha: <out_crf>_4.0')
+    add('--ha_crf_dir', required=True, help='CRF scores of the high alpha: <out_crf>_24.0')
+    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
+    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
-    parser.add_argument('--network', default='network.resnet38_aff', help='module with a class Net')
-    parser.add_argument('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
-    parser.add_argument('--weights', help='ImageNet .params or .pth to start from; not given: the ImageNet weights '
-                                          'that timm has for its models, else random')
+    add('--network', default='network.resnet38_aff', help='module with a class Net')
+    add('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
+    add('--weights', help='ImageNet .params or .pth to start from; not given: those of timm for its nets, else random')
     # optimisation
-    parser.add_argument('--batch_size', default=8, type=int, help='images per step, over all GPUs')
-    parser.add_argument('--accum', default=1, type=int,
-                        help='parts that a batch goes through the network in, for less memory at the same gradient')
-    parser.add_argument('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
-    parser.add_argument('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
-    parser.add_argument('--wt_dec', default=5e-4, type=float, help='weight decay')
-    parser.add_argument('--momentum', type=float,
-                        help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    add('--batch_size', default=8, type=int, help='images per step, over all GPUs')
+    add('--accum', default=1, type=int, help='parts that a batch is run in: less memory, the same gradient')
+    add('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
+    add('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
+    add('--wt_dec', default=5e-4, type=float, help='weight decay')
+    add('--momentum', type=float, help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
     # the machine
-    parser.add_argument('--seed', default=0, type=int, help='of all random numbers')
-    parser.add_argument('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
-    parser.add_argument('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
-    parser.add_argument('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    parser.add_argument('--amp', default='off', choices=['off', 'bf16', 'fp16'],
-                        help='half-precision network, float32 losses: less memory and time on a GPU')
-    parser.add_argument('--checkpointing', action='store_true',
-                        help='compute the blocks again in the backward pass: much less memory, a fifth more operations')
+    add('--seed', default=0, type=int, help='of all random numbers')
+    add('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+    add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
+    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
+    add('--checkpointing', action='store_true', help='recompute blocks: much less memory, a fifth more operations')
     # outputs
-    parser.add_argument('--session_name', default='resnet38_aff',
-                        help='writes <session_name>.pth, _last.pth, .log and .jsonl; folders are created')
-    parser.add_argument('--resume', nargs='?', const=True, metavar='PATH',
-                        help='go on from a checkpoint; without a path, from <session_name>_last.pth')
-    parser.add_argument('--save_every', default=1000, type=int,
-                        help='steps between checkpoints, which are also written after every epoch')
-    parser.add_argument('--log_every', default=50, type=int, help='steps between the lines of the log')
+    add('--session_name', default='resnet38_aff', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
+    add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
+    add('--save_every', default=1000, type=int, help='steps between checkpoints; there is one after every epoch too')
+    add('--log_every', default=50, type=int, help='steps between the lines of the log')
     return parser
 
 
@@ -108,12 +98,8 @@ def check_args(args):
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
-    set_seed(args.seed)
-    rank, ranks = get_rank()
-    device = get_device(args.device, args.tf32)
-    check_replicas(device, args.amp)
-    if args.deterministic:
-        use_deterministic()
+    _, ranks = get_rank()
+    device = set_up(args)
 
     # ----- data -----
     net = import_network(args.network, 'radius', args.backbone)(checkpointing=args.checkpointing)
@@ -125,8 +111,6 @@ def main(args):
         img_transform_list=[transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
                             np.asarray, imutils.normalize, imutils.HWC_to_CHW],
         label_transform_list=[None, None, None, imutils.AvgPool2d(STRIDE)])
-    if len(dataset) < args.batch_size:
-        raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
@@ -142,18 +126,15 @@ def main(args):
         load_weights(net, args.weights, new_heads=net.new_heads)
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
     net.to(device)
-    last = args.session_name + '_last.pth'
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            la_crf_dir=describe_folder(args.la_crf_dir, 'la_crf_dir'),
                            ha_crf_dir=describe_folder(args.ha_crf_dir, 'ha_crf_dir'))
+    checkpoint = net, optimizer, scaler, args, inputs
     if args.resume:
-        resume(last if args.resume is True else args.resume, net, optimizer, scaler, args, inputs)
+        resume(*checkpoint)
 
-    log = Logger(args.session_name, append=args.resume, quiet=rank > 0)
-    for line in describe_run(args, device):
-        log(line)
-    log(f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}')
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
+    log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if from_scratch:
@@ -163,9 +144,8 @@ def main(args):
 
     # ----- training -----
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
-    save = functools.partial(save_checkpoint, last, net, optimizer, scaler, args, inputs)
 
-    for step, names, img, labels in training_steps(loader, optimizer, meter, save, args, log):
+    for step, names, img, labels in training_steps(loader, meter, log, *checkpoint):
         counts = sum_over_ranks(pair_counts(labels))
         optimizer.zero_grad()
         parts = [tensor.chunk(args.accum) for tensor in (img, *labels)]
@@ -181,8 +161,7 @@ def main(args):
         if step % args.log_every == 0:
             report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()))
 
-    if rank == 0:
-        save_weights(net, args.session_name + '.pth')
+    save_weights(net, args.session_name + '.pth')
     log(f'wrote {args.session_name}.pth')
 
 

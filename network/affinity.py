@@ -4,9 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from network.base import Network
-from tool.affinity_pairs import fit_radius, pair_indices, pair_offsets
-
-STRIDE = 8      # of the pair labels, which the embedding must fit
+from tool.affinity_pairs import STRIDE, fit_radius, pair_indices, pair_offsets
 
 
 def pairwise_affinity(x, radius):
@@ -47,15 +45,13 @@ class AffinityHead(Network):
         """backbone: what the constructor of the backbone takes, such as ResNet38's `width`."""
         super().__init__(**backbone)
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
-        narrow4, narrow5, narrow6 = self.width, 2 * self.width, 4 * self.width      # 64, 128, 256 in the paper
-        embedded = narrow4 + narrow5 + narrow6
-        self.f8_3 = nn.Conv2d(conv4, narrow4, 1, bias=False)
-        self.f8_4 = nn.Conv2d(conv5, narrow5, 1, bias=False)
-        self.f8_5 = nn.Conv2d(conv6, narrow6, 1, bias=False)
-        self.f9 = nn.Conv2d(embedded, embedded, 1, bias=False)
-        nn.init.kaiming_normal_(self.f8_3.weight)
-        nn.init.kaiming_normal_(self.f8_4.weight)
-        nn.init.kaiming_normal_(self.f8_5.weight)
+        w = self.width                                                          # 64 in the paper
+        self.f8_3 = nn.Conv2d(conv4, w, 1, bias=False)
+        self.f8_4 = nn.Conv2d(conv5, 2 * w, 1, bias=False)
+        self.f8_5 = nn.Conv2d(conv6, 4 * w, 1, bias=False)
+        self.f9 = nn.Conv2d(7 * w, 7 * w, 1, bias=False)
+        for layer in (self.f8_3, self.f8_4, self.f8_5):
+            nn.init.kaiming_normal_(layer.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)
         self.set_options(train_bn, checkpointing, dropout)
 

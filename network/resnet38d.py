@@ -17,8 +17,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels, mid_channels, out_channels, stride=1, first_dilation=None, dilation=1):
         super().__init__()
-        if first_dilation is None:
-            first_dilation = dilation
+        first_dilation = first_dilation or dilation
         self.same_shape = in_channels == out_channels and stride == 1
         self.bn_branch2a = nn.BatchNorm2d(in_channels)
         self.conv_branch2a = nn.Conv2d(in_channels, mid_channels, 3, stride,
@@ -141,7 +140,7 @@ def _torch_name(mxnet_name):
         return f'bn7.{_KIND[final[1]]}'
     unit = _UNIT.fullmatch(name)                        # 'res2a' is block b2, 'res2b1' is b2_1
     if unit is None or (unit[1] == 'res') != (unit[5] == 'weight'):
-        raise ValueError(f'unknown parameter name {mxnet_name!r}')
+        raise ValueError(f'unknown parameter name {mxnet_name!r}, not of ResNet38')
     block = f'b{unit[2]}_{unit[3]}' if unit[3] else f'b{unit[2]}'
     layer = 'conv' if unit[1] == 'res' else 'bn'
     return f'{block}.{layer}_{unit[4]}.{_KIND[unit[5]]}'
@@ -152,12 +151,6 @@ def convert_mxnet_to_torch(path):
 
     Raises ValueError for a damaged file or a name that has no place in ResNet38.
     """
-    tensors = {}
-    for mxnet_name, array in mxnet_params.load(path).items():
-        try:
-            name = _torch_name(mxnet_name)
-        except ValueError as error:
-            raise ValueError(f'{path}: {error}, not a ResNet38 file') from error
-        if name is not None:
-            tensors[name] = torch.from_numpy(array)
+    tensors = {_torch_name(name): torch.from_numpy(array) for name, array in mxnet_params.load(path).items()}
+    tensors.pop(None, None)
     return tensors

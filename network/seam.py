@@ -9,25 +9,20 @@ NUM_CLASSES = 20        # of VOC
 PCM_BYTES = 2 ** 26     # what PCM's affinities may take at a time where no gradient is wanted
 
 
-def suppress_weaker_classes(cam):
-    """cam: (N, 1+C, h, w), channel 0 background. Sets every foreground value below the pixel's foreground
-    maximum to 0; ties all survive, the background is untouched. Returns a new tensor."""
-    foreground = cam[:, 1:]
+def pseudo_label(cam):
+    """(N, 1+C, h, w) in 0..1 -> the same without gradient: channel 0 := 1 - the largest foreground value, then each
+    pixel keeps its strongest foreground classes (ties: all) at their magnitude ("one-hot" in the reference)."""
+    foreground = cam.detach()[:, 1:]
     strongest = foreground.amax(dim=1, keepdim=True)
-    return torch.cat([cam[:, :1], foreground.masked_fill(foreground != strongest, 0)], dim=1)
+    return torch.cat([1 - strongest, foreground.masked_fill(foreground != strongest, 0)], dim=1)
 
 
 def normalize_cam_for_pcm(cam):
-    """The map that PCM refines: scores (N, 1+C, h, w), any sign -> values in [0, 1], no gradient.
-
-    Foreground: relu(relu(cam) - 1e-5) / (max over the map + 1e-5); background := 1 - the largest
-    foreground value (the learned background is discarded); then only each pixel's strongest classes stay.
-    """
+    """The map that PCM refines: scores (N, 1+C, h, w), any sign -> the `pseudo_label` of
+    relu(relu(cam) - 1e-5) / (max over the map + 1e-5); the learned background is discarded. No gradient."""
     cam = F.relu(cam.detach())
     maximum = cam.amax(dim=(2, 3), keepdim=True) + 1e-5
-    cam = F.relu(cam - 1e-5) / maximum
-    background = 1 - cam[:, 1:].amax(dim=1, keepdim=True)
-    return suppress_weaker_classes(torch.cat([background, cam[:, 1:]], dim=1))
+    return pseudo_label(F.relu(cam - 1e-5) / maximum)
 
 
 class SEAMHead(Network):
@@ -51,15 +46,9 @@ class SEAMHead(Network):
         nn.init.kaiming_normal_(self.f8_4.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)
         self.pcm = pcm
+        for layer in (self.f8_3, self.f8_4, self.f9):
+            layer.requires_grad_(pcm)
         self.set_options(train_bn, checkpointing, dropout)
-
-    def train(self, mode=True):
-        """As `Network.train`; without PCM its layers are frozen too. Returns self."""
-        super().train(mode)
-        if not self.pcm:
-            for layer in (self.f8_3, self.f8_4, self.f9):
-                layer.requires_grad_(False)
-        return self
 
     def forward(self, x):
         """x: normalised images (N, 3, H, W). Returns (cam, cam_rv), both (N, 1+C, H, W).

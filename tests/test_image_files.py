@@ -30,7 +30,8 @@ def save_16_bit_colours(path):
 
 @pytest.mark.parametrize('extension', ['png', 'tif', 'pgm'])
 def test_grey_image_of_16_bits_is_divided_by_257_and_not_cut_to_white(extension, tmp_path):
-    path = save(tmp_path / f'a.{extension}', np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16))
+    kind = np.int32 if extension == 'pgm' else np.uint16      # as which Pillow 10 writes 16 bits
+    path = save(tmp_path / f'a.{extension}', np.array([[0, 128, 129, 257, 32896, 65535]], kind))
     image = np.asarray(read_image(path))
     assert image.shape == (1, 6, 3) and image[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]
 

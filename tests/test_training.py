@@ -184,14 +184,17 @@ def checkpoint(tmp_path, monkeypatch):
     net(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     parts, path = (net, optimizer, torch.amp.GradScaler(enabled=False)), str(tmp_path / 'x_last.pth')
+
+    def flags(**others):
+        return Namespace(session_name=str(tmp_path / 'x'), resume=True, **others)
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
-        training.save_checkpoint(path, *parts, Namespace(lr=0.1, train_list='old.txt'), {'train_list': 'abc'})
+        training.save_checkpoint(*parts, flags(lr=0.1, train_list='old.txt'), {'train_list': 'abc'})
 
     def resume(lr, train_list, digest):
         fresh = torch.nn.Linear(2, 1)
         again = torchutils.PolyOptimizer(fresh.parameters(), 0.1, 0, 10, momentum=0.9)
-        training.resume(path, fresh, again, parts[2], Namespace(lr=lr, train_list=train_list), {'train_list': digest})
+        training.resume(fresh, again, parts[2], flags(lr=lr, train_list=train_list), {'train_list': digest})
         assert torch.equal(fresh.weight, net.weight) and again.global_step == 1
     return path, resume
 

@@ -3,6 +3,8 @@ import functools
 
 import numpy as np
 
+STRIDE = 8      # pixels per cell of the map
+
 
 def fit_radius(h, w, radius=5):
     """The radius in effect on an h x w map: as given, or (edge - 1) // 2 where the smaller edge is below

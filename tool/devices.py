@@ -124,13 +124,6 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.float16 if amp == 'fp16' else torch.bfloat16, enabled=amp != 'off')
 
 
-def use_deterministic():
-    """Makes CUDA compute the same bits from the same numbers, for `--deterministic`."""
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 def describe_revision():
     """`git describe` of this code, -dirty where it was changed or has Python files that are not in git; 'unknown'
     without git."""

@@ -120,24 +120,6 @@ def open_folders(folders, names, resume, inputs=()):
     return todo
 
 
-class SkipBad:
-    """The items of a dataset for some of its names. In place of an item that cannot be had stands its error, for
-    `Errors` to judge: a loader process that raised it would end the loading."""
-
-    def __init__(self, dataset, names):
-        place = {name: index for index, name in enumerate(dataset.img_name_list)}
-        self.dataset, self.indices = dataset, [place[name] for name in names]
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, number):
-        try:
-            return self.dataset[self.indices[number]]
-        except (BadInput, MemoryError) as error:
-            return error
-
-
 class Errors:
     """What `--on_error` does with a bad image, and with one for which memory runs out: stop raises a BadInput, skip
     keeps it for the end. memory_help: what the user may change where memory runs out."""

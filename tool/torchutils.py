@@ -3,7 +3,8 @@ import random
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from tqdm import tqdm
 
 from tool.cli import BadInput
 from tool.devices import get_rank
@@ -87,6 +88,8 @@ class StepBatches(Sampler):
     def __init__(self, size, batch_size, start, max_step, seed):
         self.size, self.batch_size, self.start, self.max_step, self.seed = size, batch_size, start, max_step, seed
         self.epoch_steps = size // batch_size
+        if not self.epoch_steps:
+            raise BadInput(f'the list has {size} images, fewer than --batch_size {batch_size} (--train_list)')
 
     def __len__(self):
         return self.max_step - self.start
@@ -100,6 +103,37 @@ class StepBatches(Sampler):
                 order_of, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size)
             batch = order[place * self.batch_size:(place + 1) * self.batch_size]
             yield [(epoch, int(index)) for index in batch[rank::ranks]]
+
+
+class SkipBad:
+    """The items of a dataset for some of its names. In place of an item that cannot be had stands its error, for
+    `read_items`: a loader process that raised it would end the loading."""
+
+    def __init__(self, dataset, names):
+        place = {name: index for index, name in enumerate(dataset.img_name_list)}
+        self.dataset, self.indices = dataset, [place[name] for name in names]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, number):
+        try:
+            return self.dataset[self.indices[number]]
+        except (BadInput, MemoryError) as error:
+            return error
+
+
+def read_items(dataset, names, errors, num_workers, device, desc):
+    """Yields the dataset's items for these names, with a progress bar. One that cannot be had goes to `errors`, an
+    `Errors` of tool/outputs.py, which raises it or keeps it."""
+    loader = DataLoader(SkipBad(dataset, names), batch_size=None, num_workers=num_workers,
+                        pin_memory=device.type == 'cuda')
+    for item, name in zip(tqdm(loader, desc=desc, dynamic_ncols=True, disable=None), names):
+        if isinstance(item, Exception):
+            with errors.caught(name):
+                raise item
+        else:
+            yield item
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tool.cli import BadInput, NotFinite, check_file, check_range, is_out_of_memory
-from tool.devices import get_rank, peak_memory, seed_gpus
+from tool.devices import check_replicas, describe_run, get_device, get_rank, peak_memory, seed_gpus
 from tool.files import atomic_write, describe
+from tool.pyutils import Logger
 from tool.torchutils import read_batches, set_seed
 from tool.unpickle import load_tensors
 
@@ -41,14 +42,34 @@ def check_training_args(args):
         check_file(args.weights, '--weights')
 
 
+def set_up(args, one_gpu=False):
+    """Seeds the random numbers and returns the device, see `get_device`. Writes nothing. Raises BadInput."""
+    set_seed(args.seed)
+    device = get_device(args.device, args.tf32, one_gpu)
+    check_replicas(device, args.amp)
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return device
+
+
+def open_log(args, device, description):
+    """The Logger of a run, with its arguments, versions, device, and a description of its list written down."""
+    log = Logger(args.session_name, append=args.resume, quiet=get_rank()[0] > 0)
+    for line in (*describe_run(args, device), f'{args.train_list}: {description}'):
+        log(line)
+    return log
+
+
 # ----- the steps -----
 
-def training_steps(loader, optimizer, meter, save, args, log):
+def training_steps(loader, meter, log, net, optimizer, scaler, args, inputs):
     """Yields (step, names, the other parts of the batch on the network's device) from `optimizer.global_step` on, each
     with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
 
-    loader: of StepBatches. After every epoch and every --save_every steps calls save(), on the first rank. So too when
-    the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an image that cannot be read.
+    loader: of StepBatches. After every epoch and every --save_every steps, the first rank saves a checkpoint. So too
+    when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an image that cannot be read.
     """
     rank, _ = get_rank()
     epoch_steps = loader.batch_sampler.epoch_steps
@@ -67,12 +88,12 @@ def training_steps(loader, optimizer, meter, save, args, log):
                 if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % args.save_every == 0:
                     meter.check()       # a ruined network does not replace a good one
                     if rank == 0:
-                        save()
+                        save_checkpoint(net, optimizer, scaler, args, inputs)
                 if stopped:
                     break
     except BadInput:            # on any rank: all have the same weights
         meter.check()
-        save()
+        save_checkpoint(net, optimizer, scaler, args, inputs)
         log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
         raise
     if dist.is_initialized():       # all ranks come to their end together
@@ -129,9 +150,9 @@ def _save(what, path):
 
 
 def save_weights(net, path, leave_out=()):
-    """Writes the bare state dict, which the original code loads too, without the names in `leave_out`."""
-    weights = {name: tensor for name, tensor in net.state_dict().items() if name not in leave_out}
-    _save(weights, path)
+    """Writes the bare state dict, which the original code loads too, without the names in `leave_out`; on rank 0."""
+    if get_rank()[0] == 0:
+        _save({name: tensor for name, tensor in net.state_dict().items() if name not in leave_out}, path)
 
 
 def digest_inputs(**inputs):
@@ -141,9 +162,11 @@ def digest_inputs(**inputs):
     return {flag: hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for flag, text in texts.items()}
 
 
-def save_checkpoint(path, net, optimizer, scaler, args, inputs):
-    """Writes all that `resume` needs: weights, optimizer, number of updates, and the arguments that it compares.
-    inputs: as `digest_inputs` returns. Raises NotFinite rather than put ruined weights in place of good ones."""
+def save_checkpoint(net, optimizer, scaler, args, inputs):
+    """Writes <session_name>_last.pth with all that `resume` needs: weights, optimizer, number of updates, and the
+    arguments that it compares. inputs: as `digest_inputs` returns. Raises NotFinite rather than put ruined weights in
+    place of good ones."""
+    path = args.session_name + '_last.pth'
     if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
         raise NotFinite(f'the weights are not finite after step {optimizer.global_step}; {path} is as before')
     checkpoint = {'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
@@ -151,9 +174,10 @@ def save_checkpoint(path, net, optimizer, scaler, args, inputs):
     _save(checkpoint, path)
 
 
-def resume(path, net, optimizer, scaler, args, inputs):
+def resume(net, optimizer, scaler, args, inputs):
     """Restores what `save_checkpoint` wrote. Raises BadInput for another file, and for flags that contradict it: other
     values, and of files other contents, wherever they lie."""
+    path = args.session_name + '_last.pth' if args.resume is True else args.resume
     check_file(path, '--resume')
     try:
         checkpoint = load_tensors(path)

@@ -6,13 +6,11 @@ import torch
 from torch.utils.data import Dataset
 
 from tool import image_files, imutils, score_files
-from tool.affinity_pairs import fit_radius, pair_indices
+from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
 from tool.cli import BadInput, check_file
 from tool.image_files import IGNORE
 from voc12.lists import CAT_LIST, check_images, get_img_path, load_img_name_list, load_labels
 from voc12.masks import wrong_values
-
-STRIDE = 8      # pixels per feature cell
 
 
 class VOC12ImageDataset(Dataset):
