@@ -51,7 +51,7 @@ PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_cl
 FREE_FLAGS = 'table', 'rows', 'seeds', 'resume', 'out', 'voc12_root', 'num_workers', 'device'   # may change on resume
 SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone'     # of all scripts with a network
 
-# defaults with --toy: the demo's, with more drawings and a longer retraining; AffinityNet needs larger crops than SEAM
+# defaults with --toy, and of the demo, which takes fewer drawings; AffinityNet needs larger crops than SEAM
 TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff',
        'network_seg': 'network.slim_deeplab', 'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0],
        'num_workers': 1,
@@ -60,8 +60,9 @@ TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 
        'train': '--resize_long 64 112 --crop_size 64'.split(),
        'train_aff': '--crop_size 128 --momentum 0.9 --max_epochs 5'.split(),
        'walk': '--alpha 4 --beta 16 --logt 4'.split(),
-       'train_seg': '--crop_size 128 --batch_size 8 --max_iters 150 --lr 0.005 --bn_momentum 0.05'.split(),
-       'seg': '--scales 0.5 0.75 1'.split()}
+       'train_seg': '--crop_size 96 --scale_range 0.4 0.7 --batch_size 8 --max_iters 30 --lr 0.002 '
+                    '--bn_momentum 0.2'.split(),
+       'seg': '--scales 0.5'.split()}
 # defaults with --lite0: for photographs of VOC's size, in training at less than half of it; 130 steps on 1,040 of them
 LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'network_seg': 'network.timm_deeplab',
          'weights': None, 'scales': [0.75, 1.0], 'alphas': [0.7, 1.1, 4.0],
@@ -228,7 +229,7 @@ def score(args, row):
         kind = ['crf']
     run('evaluation.py', *pass_on(args, 'num_workers', 'class_names', 'mean_classes'), '--list', names, '--type', *kind,
         '--gt_dir', truth, '--predict_dir', folder, '--out_prefix', folder,
-        '--logfile', os.path.join(args.out, 'evallog.txt'), '--comment', os.path.relpath(folder, args.out))
+        '--logfile', os.path.join(args.out, 'evallog.txt'), '--comment', f'{row.name}, seed {args.seed}')
     return read_csv(folder + '_result.csv')[0]
 
 
@@ -275,44 +276,41 @@ def write_tables(records, args):
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     # what to do
-    parser.add_argument('--table', default=['1'], nargs='+',
-                        help='1, refinement, activation, scale, transform; all, of these; or retrain',
-                        choices=['1', 'retrain', 'refinement', 'activation', 'scale', 'transform', 'all'])
-    parser.add_argument('--rows', nargs='+', metavar='TEXT', help='only rows whose name has one of these texts in it')
-    parser.add_argument('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
-    parser.add_argument('--toy', action='store_true',
-                        help='drawings as those of the demo, its networks and settings as defaults')
-    parser.add_argument('--lite0', action='store_true',
-                        help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with '
-                             'another number of them add --train="--max_epochs N" and the same to --train_aff')
-    parser.add_argument('--count', default=240, type=int, help='drawings, with --toy')
-    parser.add_argument('--resume', action='store_true', help='finished work stays; without it all is made anew')
-    parser.add_argument('--out', default='tables', help='folder of all results')
+    tables = '1', 'refinement', 'activation', 'scale', 'transform', 'retrain', 'all'
+    add('--table', default=['1'], nargs='+', choices=tables, help='all: the first five')
+    add('--rows', nargs='+', metavar='TEXT', help='only rows whose name has one of these texts in it')
+    add('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
+    add('--toy', action='store_true', help='drawings as those of the demo, its networks and settings as defaults')
+    add('--lite0', action='store_true',
+        help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with another number of '
+             'them add --train="--max_epochs N" and the same to --train_aff')
+    add('--count', default=240, type=int, help='drawings, with --toy')
+    add('--resume', action='store_true', help='finished work stays; without it all is made anew')
+    add('--out', default='tables', help='folder of all results')
     # data
-    parser.add_argument('--voc12_root', default='VOC2012', help='data root')
-    parser.add_argument('--train_list', default='voc12/train_aug.txt', help='images to train on')
-    parser.add_argument('--aff_list', help='images to train AffinityNet on; not given: those of --train_list')
-    parser.add_argument('--list', help='images to score; not given: ImageSets/Segmentation/train.txt of the data root')
-    parser.add_argument('--val_list', help='images to score retrained networks on, which they have not trained on; not '
-                                           'given: ImageSets/Segmentation/val.txt of the data root')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--cls_labels', help='image-level labels')
-    parser.add_argument('--mean_classes', nargs='+', metavar='NAME', help='average over these, see evaluation.py')
+    add('--voc12_root', default='VOC2012', help='data root')
+    add('--train_list', default='voc12/train_aug.txt', help='images to train on')
+    add('--aff_list', help='images to train AffinityNet on; not given: those of --train_list')
+    add('--list', help='images to score; not given: ImageSets/Segmentation/train.txt of the data root')
+    add('--val_list', help='images to score retrained networks on, which they have not trained on; not given: val.txt')
+    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--cls_labels', help='image-level labels')
+    add('--mean_classes', nargs='+', metavar='NAME', help='average over these, see evaluation.py')
     # networks and settings
-    parser.add_argument('--network', default='network.resnet38_SEAM', help='of SEAM')
-    parser.add_argument('--network_aff', default='network.resnet38_aff', help='of AffinityNet')
-    parser.add_argument('--network_seg', default='network.resnet38_deeplab', help='of the retrained network')
-    parser.add_argument('--backbone', help='model of timm, where these networks are of timm')
-    parser.add_argument('--weights', default='ilsvrc-cls_rna-a1_cls1000_ep-0001.params', nargs='?',
-                        help='what training starts from; without a value none is named, for networks that bring theirs')
-    parser.add_argument('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+', help='test scales')
-    parser.add_argument('--alphas', default=[4.0, 24.0], type=float, nargs='+',
-                        help='CRF exponents; the lowest and the highest go to AffinityNet')
-    parser.add_argument('--num_workers', default=8, type=int, help='of every script')
-    parser.add_argument('--device', help='of every script that has a network')
+    add('--network', default='network.resnet38_SEAM', help='of SEAM')
+    add('--network_aff', default='network.resnet38_aff', help='of AffinityNet')
+    add('--network_seg', default='network.resnet38_deeplab', help='of the retrained network')
+    add('--backbone', help='model of timm, where these networks are of timm')
+    add('--weights', default='ilsvrc-cls_rna-a1_cls1000_ep-0001.params', nargs='?',
+        help='what training starts from; without a value none is named, for networks that bring theirs')
+    add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+', help='test scales')
+    add('--alphas', default=[4.0, 24.0], type=float, nargs='+', help='of the CRF; lowest and highest go to AffinityNet')
+    add('--num_workers', default=8, type=int, help='of every script')
+    add('--device', help='of every script that has a network')
     # flags for the scripts; they come after those of --toy and --lite0, so they win
-    more = functools.partial(parser.add_argument, action='extend', default=[], type=shlex.split, metavar='FLAGS')
+    more = functools.partial(add, action='extend', default=[], type=shlex.split, metavar='FLAGS')
     more('--pretrain', help='for train_SEAM.py in place of ImageNet, with --toy')
     more('--train', help='more flags for train_SEAM.py: --train="--amp bf16 --accum 2"')
     more('--train_aff', help='for train_aff.py')
