@@ -284,8 +284,8 @@ def get_args_parser():
     add('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
     add('--toy', action='store_true', help='drawings as those of the demo, its networks and settings as defaults')
     add('--lite0', action='store_true',
-        help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with another number of '
-             'them add --train="--max_epochs N" and the same to --train_aff')
+        help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with another number '
+             'add --train="--max_epochs N" and the same to --train_aff')
     add('--count', default=240, type=int, help='drawings, with --toy')
     add('--resume', action='store_true', help='finished work stays; without it all is made anew')
     add('--out', default='tables', help='folder of all results')

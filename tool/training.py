@@ -69,7 +69,7 @@ def training_steps(loader, meter, log, net, optimizer, scaler, args, inputs):
     with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
 
     loader: of StepBatches. After every epoch and every --save_every steps, the first rank saves a checkpoint. So too
-    when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an image that cannot be read.
+    when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an unreadable image.
     """
     rank, _ = get_rank()
     epoch_steps = loader.batch_sampler.epoch_steps
