@@ -58,9 +58,10 @@ TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 
        'pretrain': '--classifier_only --train_bn --dropout 0 --momentum 0.9 --lr 0.03 --batch_size 16 '
                    '--max_epochs 25'.split(),
        'train': '--resize_long 64 112 --crop_size 64'.split(),
-       'train_aff': '--crop_size 128 --momentum 0.9 --max_epochs 5'.split(),
-       'walk': '--alpha 4 --beta 16 --logt 4'.split(),
-       'train_seg': '--crop_size 96 --scale_range 0.4 0.7 --batch_size 8 --max_iters 30 --lr 0.002 '
+       'train_aff': '--crop_size 128 --momentum 0.9 --lr 0.02 --max_epochs 3'.split(),
+       'infer': '--crf_workers 2'.split(),
+       'walk': '--alpha 2.5 --beta 16 --logt 4'.split(),
+       'train_seg': '--crop_size 96 --scale_range 0.4 0.7 --batch_size 8 --max_iters 25 --lr 0.003 '
                     '--bn_momentum 0.2'.split(),
        'seg': '--scales 0.5'.split()}
 # defaults with --lite0: for photographs of VOC's size, in training at less than half of it; 130 steps on 1,040 of them
@@ -69,7 +70,7 @@ LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'net
          'train': '--fit_classifier --momentum 0.9 --lr 0.001 --dropout 0 --resize_long 128 224 --crop_size 128 '
                   '--scale_factor 0.5 --max_epochs 1'.split(),
          'train_aff': '--crop_size 192 --momentum 0.9 --lr 0.01 --max_epochs 2'.split(),
-         'infer': '--flip 0'.split(),
+         'infer': '--flip 0 --crf_workers 2'.split(),
          'walk': '--alpha 1.1 --logt 4'.split(),
          'train_seg': '--crop_size 192 --batch_size 8 --max_iters 80 --lr 0.002 --bn_momentum 0.05'.split(),
          'seg': '--scales 0.5 0.75'.split()}
