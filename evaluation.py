@@ -181,8 +181,10 @@ def get_args_parser():
     add('--type', default='png', choices=['png', 'npy', 'crf'], help='label maps; CAM dicts, from key 0; CRF dicts')
     add('--t', type=float, help='background score, for --type npy without --curve')
     add('--curve', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL', help='mIoU over --t_list (npy)')
-    add('--t_list', type=float, nargs='+', metavar='T', help='background scores; else 0 to 0.59, or 0.99 if best there')
-    add('--mean_classes', nargs='+', metavar='NAME', help='average over these too, and pick the best score by them')
+    add('--t_list', type=float, nargs='+', metavar='T', 
+        help='background scores, ascending; not given: 0 to 0.59, and on to 0.99 where the best is near that end')
+    add('--mean_classes', nargs='+', metavar='NAME', 
+        help='average over these too, and pick the best score by them: background cat dog ...')
     # outputs
     add('--logfile', default='./evallog.txt', help='the result is appended to this file')
     add('--comment', required=True, help='a line for the log file')

@@ -144,7 +144,8 @@ def get_args_parser():
     add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+', help='factors of the size (the scale table)')
     add('--flip', default=1, type=int, choices=[0, 1], help='1: each scale is run with its mirror image; 0: without')
     add('--cam_dir', help='a finished --out_cam in place of the network, for other --out_crf and --out_cam_pred')
-    add('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'], help='cam_rv: refined by PCM')
+    add('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'], 
+        help='refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
     add('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
     add('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+', help='background exponents, one output folder each')
     add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
@@ -158,7 +159,7 @@ def get_args_parser():
     add('--cam_format', default='npy', choices=['npy', 'npz'], help='npz: compressed, without pickle, slower to write')
     add('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
     add('--vis_count', default=20, type=int, help='how many images of the list get one, if not finished already')
-    add('--resume', action='store_true', help='keep finished files of the same settings; without it all are made anew')
+    add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
     add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
     return parser
 

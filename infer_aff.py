@@ -11,14 +11,14 @@ from torchvision import transforms
 
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
-from tool.affinity_pairs import fit_radius, pair_indices
+from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir, str2bool
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.outputs import Errors, ResultFolder, describe_folder, no_more_than_a_warning, open_folders, warn_of_background
 from tool.torchutils import read_items
 from tool.workers import BoundedPool
-from voc12.data import STRIDE, VOC12ImageDataset
+from voc12.data import VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
 
 CRF_ITERATIONS = 1
@@ -119,7 +119,7 @@ def get_args_parser():
     add('--ignore_crf', nargs=2, metavar=('LA', 'HA'), help='255 where the labels of these two CRF folders differ')
     add('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
     add('--vis_count', default=20, type=int, help='how many images of the list get one')
-    add('--resume', action='store_true', help='keep finished files of the same settings; without it all are made anew')
+    add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
     add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
     return parser
 

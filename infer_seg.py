@@ -80,7 +80,7 @@ def get_args_parser():
     # outputs
     add('--out_seg', help='folder for the label maps, NAME.png')
     add('--out_prob', help='folder for the probabilities, NAME.npy, as --out_crf of infer_SEAM.py with all classes')
-    add('--resume', action='store_true', help='keep finished files of the same settings; without it all are made anew')
+    add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
     add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
     return parser
 
@@ -93,6 +93,11 @@ def check_args(args):
     check_file(args.weights, '--weights')
 
 
+def normalize(img):
+    """`imutils.normalize` in float32 arithmetic throughout, as in training."""
+    return imutils.normalize(np.asarray(img, np.float32))
+
+
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
@@ -100,7 +105,7 @@ def main(args):
     backend = choose_crf_backend(args.crf_backend) if args.crf == 'on' else None
 
     # ----- data and network -----
-    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.array)
+    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=normalize)
     net = import_network(args.network, 'segments', args.backbone)(num_classes=len(class_names))
     load_trained(net, args.weights, device)
 
@@ -120,7 +125,7 @@ def main(args):
     with BoundedPool(choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
         for name, img in read_items(dataset, todo, errors, args.num_workers, device, 'segmentation'):
             with errors.caught(name):
-                img = imutils.normalize(img.numpy().astype(np.float32))     # (H, W, 3), in float32 as in training
+                img = img.numpy()                                           # (H, W, 3)
                 prob = multi_scale_probability(net, img, args.scales, args.flip, device, args.amp)
                 if not np.isfinite(prob).all():
                     raise BadInput(f'the probabilities of {name} are NaN (--weights {args.weights}, --amp {args.amp})')

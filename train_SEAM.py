@@ -18,8 +18,8 @@ from tool.devices import autocast, get_rank, mean_over_ranks, parallel
 from tool.metrics import ClassificationMeter
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches
-from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, open_log, outlive_sigterm, report_progress,
-                           resume, save_weights, set_up, training_steps)
+from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, digest_inputs, open_log, outlive_sigterm,
+                           report_progress, resume, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import load_class_names
@@ -183,7 +183,8 @@ def get_args_parser():
     add('--val_list', default='voc12/val.txt', help='unused, as in the reference')
     add('--cls_labels', default='voc12/cls_labels.npy', help='image-level labels; without this file the XML is read')
     add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--resize_long', default=[448, 768], type=int, nargs=2, help='range of the random long side, in pixels')
+    add('--resize_long', default=[448, 768], type=int, nargs=2, metavar=('MIN', 'MAX'),
+        help='range of the random long side, in pixels')
     add('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
     add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
@@ -197,7 +198,7 @@ def get_args_parser():
     add('--er_weight', default=1.0, type=float, help='of the equivariance loss; 0 takes it out')
     add('--ecr_weight', default=1.0, type=float, help='of the cross regularisation; 0 takes it out')
     add('--rvmin_weight', default=1.0, type=float, help='of the term that keeps refined maps low somewhere; 0: out')
-    add('--topk_ratio', default=0.2, type=float, help='share of the hardest values that ECR counts; 1: all (table 1)')
+    add('--topk_ratio', default=0.2, type=float, help='share of the values, the hardest, that ECR counts; 1: all')
     add('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM (table 1)')
     add('--transform', default=['rescale'], nargs='+', choices=['rescale', 'flip', 'rotation', 'translation'],
         help='what makes the second view, and its CAMs are to follow (the transform table)')
@@ -219,7 +220,7 @@ def get_args_parser():
     add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
     add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
     add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
-    add('--checkpointing', action='store_true', help='recompute blocks: much less memory, a fifth more operations')
+    add('--checkpointing', action='store_true', help='recompute blocks: less memory, a fifth more operations')
     # outputs
     add('--session_name', default='resnet38_SEAM', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
     add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
@@ -278,6 +279,7 @@ def main(args):
                                   imutils.RandomCrop(args.crop_size),
                                   imutils.HWC_to_CHW,
                                   torch.from_numpy]))
+    check_batch_size(dataset, args)
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
@@ -297,9 +299,9 @@ def main(args):
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
     net.to(device)
     inputs = digest_inputs(train_list=dataset.img_name_list, cls_labels=dataset.labels, class_names=class_names)
-    checkpoint = net, optimizer, scaler, args, inputs
+    state = net, optimizer, scaler, args, inputs
     if args.resume:
-        resume(*checkpoint)
+        resume(*state)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
@@ -319,7 +321,7 @@ def main(args):
     writer = visualization.open_writer(args.tblog_dir, log) if get_rank()[0] == 0 else None
     meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
 
-    for step, names, img, label in training_steps(loader, meter, log, *checkpoint):
+    for step, names, img, label in training_steps(loader, meter, log, *state):
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
             terms, cam, cam_rv = forward_losses(model, img_part, label_part, args)

@@ -9,15 +9,16 @@ from torchvision import transforms
 
 from network.weights import load_weights
 from tool import imutils
+from tool.affinity_pairs import STRIDE
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches
-from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, open_log, outlive_sigterm, report_progress,
-                           resume, save_weights, set_up, training_steps)
+from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, digest_inputs, open_log, outlive_sigterm,
+                           report_progress, resume, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
-from voc12.data import STRIDE, VOC12AffDataset
+from voc12.data import VOC12AffDataset
 from voc12.lists import load_class_names
 
 # ----- the objective -----
@@ -77,7 +78,7 @@ def get_args_parser():
     add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
     add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
     add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
-    add('--checkpointing', action='store_true', help='recompute blocks: much less memory, a fifth more operations')
+    add('--checkpointing', action='store_true', help='recompute blocks: less memory, a fifth more operations')
     # outputs
     add('--session_name', default='resnet38_aff', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
     add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
@@ -111,6 +112,7 @@ def main(args):
         img_transform_list=[transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
                             np.asarray, imutils.normalize, imutils.HWC_to_CHW],
         label_transform_list=[None, None, None, imutils.AvgPool2d(STRIDE)])
+    check_batch_size(dataset, args)
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
@@ -129,9 +131,9 @@ def main(args):
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            la_crf_dir=describe_folder(args.la_crf_dir, 'la_crf_dir'),
                            ha_crf_dir=describe_folder(args.ha_crf_dir, 'ha_crf_dir'))
-    checkpoint = net, optimizer, scaler, args, inputs
+    state = net, optimizer, scaler, args, inputs
     if args.resume:
-        resume(*checkpoint)
+        resume(*state)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
@@ -145,7 +147,7 @@ def main(args):
     # ----- training -----
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
 
-    for step, names, img, labels in training_steps(loader, meter, log, *checkpoint):
+    for step, names, img, labels in training_steps(loader, meter, log, *state):
         counts = sum_over_ranks(pair_counts(labels))
         optimizer.zero_grad()
         parts = [tensor.chunk(args.accum) for tensor in (img, *labels)]

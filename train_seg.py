@@ -13,8 +13,8 @@ from tool.image_files import IGNORE
 from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, collate
-from tool.training import (MEMORY_HELP, check_training_args, digest_inputs, open_log, outlive_sigterm, report_progress,
-                           resume, save_weights, set_up, training_steps)
+from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, digest_inputs, open_log, outlive_sigterm,
+                           report_progress, resume, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12SegDataset
 from voc12.lists import load_class_names
@@ -48,8 +48,10 @@ def get_args_parser():
     add('--train_list', default='voc12/train_aug.txt', help='training images')
     add('--label_dir', required=True, help='label maps NAME.png: the pseudo labels of infer_aff.py, or ground truth')
     add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--hsv', default=[10, 10, 10], type=int, nargs=3, help='most jitter of hue (of 180), saturation, value (255)')
-    add('--scale_range', default=[0.5, 1.5], type=float, nargs=2, help='range of the random factor of the image size')
+    add('--hsv', default=[10, 10, 10], type=int, nargs=3, metavar=('H', 'S', 'V'),
+        help='most jitter of hue (of 180), saturation, value (255)')
+    add('--scale_range', default=[0.5, 1.5], type=float, nargs=2, metavar=('MIN', 'MAX'),
+        help='range of the random factor of the image size')
     add('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
     add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
@@ -72,7 +74,7 @@ def get_args_parser():
     add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
     add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
     add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
-    add('--checkpointing', action='store_true', help='recompute blocks: much less memory, a fifth more operations')
+    add('--checkpointing', action='store_true', help='recompute blocks: less memory, a fifth more operations')
     # outputs
     add('--session_name', default='resnet38_deeplab', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
     add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
@@ -91,6 +93,8 @@ def check_args(args):
     check_range(args, 0.05, 20, 'scale_range')
     if args.scale_range[0] > args.scale_range[1]:
         raise BadInput(f'--scale_range {args.scale_range}: the smaller value comes first')
+    if args.sync_bn and (args.freeze_bn or get_rank()[1] == 1):
+        raise BadInput('--sync_bn is for ranks of torchrun with GPUs, and without --freeze_bn')
 
 
 def main(args):
@@ -98,20 +102,22 @@ def main(args):
     class_names = load_class_names(args.class_names)
     _, ranks = get_rank()
     device = set_up(args)
+    if args.sync_bn and device.type != 'cuda':
+        raise BadInput('--sync_bn needs GPUs')
 
     # ----- data -----
     dataset = VOC12SegDataset(
         args.train_list, args.voc12_root, args.label_dir, num_classes=len(class_names),
         transforms=[imutils.JitterHSV(*args.hsv), imutils.mirror_at_random, imutils.RandomScale(*args.scale_range),
                     imutils.normalize_image, imutils.RandomCropBoth(args.crop_size)])
+    check_batch_size(dataset, args)
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'segments', args.backbone)(
         num_classes=len(class_names), freeze_bn=args.freeze_bn, bn_momentum=args.bn_momentum,
         checkpointing=args.checkpointing)
-    if args.sync_bn and (args.freeze_bn or net.takes_backbone or ranks == 1 or device.type != 'cuda'):
-        raise BadInput('--sync_bn is for ranks of torchrun with GPUs, without --freeze_bn and backbones of timm, whose '
-                       'batch norms have activations in them')
+    if args.sync_bn and net.takes_backbone:
+        raise BadInput(f'--sync_bn is not for {args.network}: the batch norms of timm have activations in them')
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},
@@ -129,9 +135,9 @@ def main(args):
     net.to(device)
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            label_dir=describe_folder(args.label_dir, 'label_dir'))
-    checkpoint = net, optimizer, scaler, args, inputs
+    state = net, optimizer, scaler, args, inputs
     if args.resume:
-        resume(*checkpoint)
+        resume(*state)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, args.max_iters, args.seed)
     log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
@@ -146,7 +152,7 @@ def main(args):
     # ----- training -----
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
 
-    for step, names, img, label in training_steps(loader, meter, log, *checkpoint):
+    for step, names, img, label in training_steps(loader, meter, log, *state):
         count = sum_over_ranks(count_pixels(label)) / (args.accum * ranks)
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):

@@ -45,11 +45,12 @@ class AffinityHead(Network):
         """backbone: what the constructor of the backbone takes, such as ResNet38's `width`."""
         super().__init__(**backbone)
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
-        w = self.width                                                          # 64 in the paper
-        self.f8_3 = nn.Conv2d(conv4, w, 1, bias=False)
-        self.f8_4 = nn.Conv2d(conv5, 2 * w, 1, bias=False)
-        self.f8_5 = nn.Conv2d(conv6, 4 * w, 1, bias=False)
-        self.f9 = nn.Conv2d(7 * w, 7 * w, 1, bias=False)
+        narrow4, narrow5, narrow6 = self.width, 2 * self.width, 4 * self.width      # 64, 128, 256 in the paper
+        embedded = narrow4 + narrow5 + narrow6
+        self.f8_3 = nn.Conv2d(conv4, narrow4, 1, bias=False)
+        self.f8_4 = nn.Conv2d(conv5, narrow5, 1, bias=False)
+        self.f8_5 = nn.Conv2d(conv6, narrow6, 1, bias=False)
+        self.f9 = nn.Conv2d(embedded, embedded, 1, bias=False)
         for layer in (self.f8_3, self.f8_4, self.f8_5):
             nn.init.kaiming_normal_(layer.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)

@@ -451,7 +451,8 @@ def test_network_of_the_other_stage(voc, pipeline):
 
 
 @pytest.mark.parametrize('flags', [['--batch_size', '0'], ['--resize_long', '40', '32'], ['--crop_size', '4'],
-                                   ['--num_workers', '-1'], ['--device', 'tpu'], ['--momentum', '-1'],
+                                   ['--num_workers', '-1'], ['--device', 'tpu'],
+                                   ['--device', 'cuda:01'], ['--momentum', '-1'],
                                    ['--momentum', 'nan'], ['--session_name', 'runs/']])
 def test_flags_out_of_range(voc, flags):
     set_list(voc, names_of(voc))

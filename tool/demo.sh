@@ -38,7 +38,10 @@ export TQDM_MININTERVAL=5
 rm -rf $out
 mkdir $out
 run() { echo "+ python $*"; "$PYTHON" "$@"; }
-tables() { run tool/tables.py --out $out --seeds "$seed" --num_workers 1 ${names[@]+"${names[@]}"} "$@"; }
+tables() {
+    run tool/tables.py --out $out --seeds "$seed" --num_workers 1 --infer="--crf_workers 2" \
+        ${names[@]+"${names[@]}"} "$@"
+}
 score() {
     run evaluation.py --list $list --gt_dir "$root/SegmentationClass" --logfile $out/evallog.txt \
         ${names[@]+"${names[@]}"} "$@"

@@ -46,7 +46,7 @@ def get_device(name, tf32=False, one_gpu=False):
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     rank, ranks = get_rank()
-    if not re.fullmatch(r'cpu|cuda(:\d\d?)?', name or 'cuda'):
+    if not re.fullmatch(r'cpu|cuda(:(0|[1-9]\d?))?', name or 'cuda'):
         raise BadInput(f'--device {name}: cuda, cuda:N or cpu expected')
     device = torch.device(name or 'cuda')
     if device.type == 'cpu':

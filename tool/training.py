@@ -42,6 +42,11 @@ def check_training_args(args):
         check_file(args.weights, '--weights')
 
 
+def check_batch_size(dataset, args):
+    if len(dataset) < args.batch_size:
+        raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
+
+
 def set_up(args, one_gpu=False):
     """Seeds the random numbers and returns the device, see `get_device`. Writes nothing. Raises BadInput."""
     set_seed(args.seed)

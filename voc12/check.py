@@ -21,7 +21,7 @@ from tool.files import describe
 from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
-from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, describe_unknown, first,
+from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, describe_unknown, join_first,
                          get_img_path, load_class_names, load_img_name_list, read_labels)
 from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
 
@@ -86,7 +86,7 @@ def judge(level, what, found, hint=''):
     """One line of the verdict: ok where nothing was found. found: list of (name, detail or '')."""
     if not found:
         return OK, f'{what}: none'
-    names = first([f'{name} ({detail})' if detail else name for name, detail in found])
+    names = join_first([f'{name} ({detail})' if detail else name for name, detail in found])
     return level, f'{what}: {len(found):,}: {names}' + (f'; {hint}' if hint else '')
 
 

@@ -65,7 +65,7 @@ def read_names(path, flag):
     names = load_img_name_list(path, flag)
     twice = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     if twice:
-        print(f'{path}: {len(twice)} names more than once, kept once: {first(twice)}')
+        print(f'{path}: {len(twice)} names more than once, kept once: {join_first(twice)}')
     return set(names)
 
 
@@ -85,7 +85,7 @@ def stems(folder, extension, flag):
     return {stem for stem, found in split if found == extension}
 
 
-def first(names, most=5):
+def join_first(names, most=5):
     """The first few of a list of names, for a message."""
     return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
 
@@ -130,7 +130,7 @@ def describe_unknown(unknown):
     """One line on object names in XML that are no class. unknown: Counter of the names, not empty."""
     names = [f'{name or "(no name)"} ({count})' for name, count in unknown.most_common()]
     return (f'{sum(unknown.values()):,} objects in {ANNOT_FOLDER} are of no class of --class_names and do not count: '
-            + first(names, 20))
+            + join_first(names, 20))
 
 
 def label_from_table(table, name, num_classes):

@@ -19,7 +19,7 @@ from tool.cli import BadInput, check_dir, exit_on_bad_input
 from tool.files import atomic_write
 from tool.image_files import IGNORE, read_label_map
 from voc12.canonical import compare_labels
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, describe_unknown, first, label_from_xml,
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, GT_FOLDER, describe_unknown, join_first, label_from_xml,
                          load_class_names, load_img_name_list)
 from voc12.masks import wrong_values
 
@@ -95,7 +95,7 @@ def report(lists, labels, class_names):
         empty = [name for name in names if not labels[name].any()]
         if empty:
             print(f'warning: {flag}: {len(empty)} images without any class, which training refuses: '
-                  f'{first(empty)}')
+                  f'{join_first(empty)}')
 
 
 def main(args):

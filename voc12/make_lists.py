@@ -14,10 +14,10 @@ import sys
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import check_dir, exit_on_bad_input, make_dir
+from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
 from voc12.canonical import CANONICAL, compare_names
 from voc12.data_root import write_lines
-from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, LIST_FOLDER, first, get_img_path, read_names,
+from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, LIST_FOLDER, join_first, get_img_path, read_names,
                          read_sbd, stems)
 
 ONE_COLUMN = ('test', 'all_annotated')      # lists of images that have no mask, or not all of them
@@ -45,7 +45,7 @@ def names_of_sbd(sbd_root):
     masks = os.path.join(folder, 'cls')
     missing = sorted(names - stems(masks, '.mat', '--sbd_root')) if os.path.isdir(masks) else []
     if missing:
-        print(f'warning: {len(missing)} names of SBD without a mask in {masks}: {first(missing)}')
+        print(f'warning: {len(missing)} names of SBD without a mask in {masks}: {join_first(missing)}')
     return names
 
 
@@ -71,6 +71,9 @@ def collect_lists(args):
         annotated = stems(os.path.join(args.voc12_root, ANNOT_FOLDER), '.xml', '--voc12_root')
         images = {name for name in annotated if os.path.isfile(get_img_path(name, args.voc12_root))}
         lists['all_annotated'] = images - lists['val'] - lists.get('test', set())
+    for key, names in lists.items():
+        if not names:
+            raise BadInput(f'nothing is left for {key}.txt: check {folder} and {ANNOT_FOLDER} (--voc12_root)')
     return lists
 
 
@@ -89,7 +92,7 @@ def main(args):
         print(f'{path}: {len(names)} names, {verdict}')
         missing = [name for name in names if not os.path.isfile(get_img_path(name, args.voc12_root))]
         if missing:
-            print(f'warning: {path}: {len(missing)} names without an image in {IMG_FOLDER}: {first(missing)}')
+            print(f'warning: {path}: {len(missing)} names without an image in {IMG_FOLDER}: {join_first(missing)}')
 
 
 if __name__ == '__main__':

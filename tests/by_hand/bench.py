@@ -34,14 +34,14 @@ from network import resnet38_SEAM
 from network.affinity import AffinityHead, to_dense_matrix
 from network.seam import NUM_CLASSES, normalize_cam_for_pcm
 from tool import crf, image_files, imutils, score_files
-from tool.affinity_pairs import pair_indices
+from tool.affinity_pairs import STRIDE, pair_indices
 from tool.cli import exit_on_bad_input
 from tool.densecrf import DenseCRF, unary_energy
 from tool.devices import get_device
 from tool.metrics import mean_measures
 from tool.torchutils import PolyOptimizer, calibrate_batch_norm, set_seed
 from tool.workers import BoundedPool, available_cores
-from voc12.data import STRIDE, VOC12AffDataset, fuse_crf_labels
+from voc12.data import VOC12AffDataset, fuse_crf_labels
 
 CLASSES = [8, 14]               # of every image
 RADIUS, CROP, ALPHAS = AffinityHead.radius, 448, (4, 24)
