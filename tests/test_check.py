@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImagePalette
 
 from conftest import ROOT
 from tool.cli import BadInput
@@ -336,6 +336,14 @@ def test_ground_truth_warnings_are_silent_for_official_masks_which_they_do_not_d
     cut_mask(devkit)
     png(devkit, NAMES[1]).unlink()
     assert masks.ground_truth_warnings(str(devkit / 'SegmentationClass'), NAMES, CAT_LIST) == []
+
+
+def test_palette_of_a_header_is_read_with_every_pillow(monkeypatch):
+    header = Image.new('P', (1, 1))
+    header.palette = ImagePalette.raw('RGB', masks.VOC_COLOURS)
+    header.palette.rawmode = 'RGB'          # as Pillow before 13 opens a mask
+    monkeypatch.setattr(masks, 'decode_image', lambda path, what, look, formats: look(header))
+    assert masks.mask_form('a.png') == ('P', True)
 
 
 def test_ground_truth_warnings_tell_grey_masks_and_other_palettes(devkit):
