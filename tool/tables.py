@@ -51,7 +51,9 @@ PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_cl
 FREE_FLAGS = 'table', 'rows', 'seeds', 'resume', 'out', 'voc12_root', 'num_workers', 'device'   # may change on resume
 SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone'     # of all scripts with a network
 
-# defaults with --toy, and of the demo, which takes fewer drawings; AffinityNet needs larger crops than SEAM
+# defaults with --toy, and of the demo, which takes fewer drawings. Sizes and crops are a seventh of the paper's; the
+# test scales show the network objects as large as in training; AffinityNet needs larger crops. The feature maps are
+# half as wide as VOC's, so the walk takes fewer steps, and gives more weight to high affinities
 TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff',
        'network_seg': 'network.slim_deeplab', 'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0],
        'num_workers': 1,
