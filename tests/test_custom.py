@@ -145,7 +145,8 @@ def test_images_per_class_are_printed(images, capsys):
     root = make(images, ROWS)
     labels, rows = labels_of(root), capsys.readouterr().out.splitlines()
     for name in CLASSES:
-        counts = [sum(name in labels[image] for image in split_of(root, split)) for split in ('train', 'val')]
+        having = [[name in labels[image] for image in split_of(root, split)] for split in ('train', 'val')]
+        counts = [count for split in having for count in (sum(split), len(split) - sum(split))]
         assert any(row.split() == [*name.split(), *map(str, counts)] for row in rows)
     assert any(row.split() == ['all', '8', '2'] for row in rows)
 
@@ -198,8 +199,66 @@ def test_one_hot_class_without_images_stays_a_class(images):
     assert load_class_names(str(root / 'class_names.txt')) == ['cat', 'yak']
 
 
-def test_delimiter_in_quotes(images):
-    assert labels_of(make(images, ['a.jpg,"light, red"', 'b.png,dog']))['a'] == ['light, red']
+def test_name_with_a_delimiter_in_quotes_is_a_class_where_it_is_listed(images):
+    (images.parent / 'names.txt').write_text('light, red\ndog\n')
+    flags = '--class_names', images.parent / 'names.txt'
+    assert labels_of(make(images, ['a.jpg,"light, red"', 'b.png,dog'], *flags))['a'] == ['light, red']
+
+
+# ---------------------------------------------------------------- columns that are no labels
+
+@pytest.mark.parametrize('rows', [
+    ['image,label,split', 'a.jpg,cat,train', 'b.png,dog,val', 'c.JPG,cat,test'],
+    ['image,set,Labels', 'a.jpg,train,cat', 'b.png,train,dog', 'c.JPG,val,cat'],
+    ['file_path,class_name,source', 'a.jpg,cat,human', 'b.png,dog,model', 'c.JPG,cat,'],
+    ['image,choice,annotator', 'a.jpg,cat,ann@x.org', 'b.png,dog,bob@x.org', 'c.JPG,cat,bob@x.org'],
+    ['image;class;remark', 'a.jpg;cat;two, blurred', 'b.png;dog', 'c.JPG;cat;'],
+    ['image,category,verified', 'a.jpg,cat,1', 'b.png,dog,0', 'c.JPG,cat,1'],
+    ['image,label_1,label_2,score', 'a.jpg,cat,,0.9', 'b.png,,dog,0.8', 'c.JPG,cat,,0.7'],
+    ['image,split,labels', 'a.jpg,train,cat', 'b.png,val,dog', 'c.JPG,val,cat,cat'],          # more below the last
+])
+def test_columns_beside_the_labels_are_told_and_not_read(rows, images, capsys):
+    assert labels_of(make(images, rows)) == {'a': ['cat'], 'b': ['dog'], 'c': ['cat']}
+    unread = set(rows[0].replace(';', ',').split(',')[1:]) & {'split', 'set', 'source', 'annotator', 'remark',
+                                                             'verified', 'score'}
+    assert f'not read: {unread.pop()}\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('rows, columns', [
+    (['image,split,cat,dog', 'a.jpg,train,1,0', 'b.png,val,0,1'], ['cat', 'dog']),
+    (['image,verified,cat,dog', 'a.jpg,1,1,0', 'b.png,0,0,1'], ['dog', 'cat']),
+    (['image,split,what', 'a.jpg,train,cat', 'b.png,val,dog'], ['what']),
+    (['image,label,tag', 'a.jpg,cat,blurred', 'b.png,dog,dark'], ['label']),
+])
+def test_label_columns_names_the_columns_that_hold_classes(rows, columns, images):
+    assert labels_of(make(images, rows, '--label_columns', *columns)) == {'a': ['cat'], 'b': ['dog']}
+    with pytest.raises(BadInput, match='--label_columns'):
+        make(images, rows)
+    with pytest.raises(BadInput, match='"zebra" .--label_columns.'):
+        make(images, rows, '--label_columns', 'zebra')
+
+
+# ---------------------------------------------------------------- images without objects
+
+@pytest.mark.parametrize('rows', [
+    ['a.jpg,cat', 'b.png,', 'c.JPG,dog,', 'f.gif,;'],
+    ['image,label', 'a.jpg,cat', 'b.png,', 'c.JPG,dog', 'f.gif,""'],
+    ['image,cat,dog', 'a.jpg,1,0', 'b.png,0,0', 'c.JPG,0,1', 'f.gif,0,0'],
+])
+def test_image_without_objects_has_a_label_of_zeros_and_is_counted(rows, images, capsys):
+    root = make(images, rows, '--val_share', 0)
+    labels = np.load(root / 'cls_labels.npy', allow_pickle=True).item()
+    assert {name: label.tolist() for name, label in labels.items()} == {'a': [1, 0], 'b': [0, 0], 'c': [0, 1],
+                                                                        'f': [0, 0]}
+    out = capsys.readouterr().out
+    assert split_of(root, 'train') == ['a', 'b', 'c', 'f'] and '2 of 4 images show none of the classes: b, f' in out
+    assert 'warning' not in out
+
+
+def test_class_that_every_image_shows_is_warned_of(images, capsys):
+    make(images, ['a.jpg,cat', 'b.png,cat|dog', 'c.JPG,cat'], '--val_share', 0)
+    warning, = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning')]
+    assert 'cat' in warning and 'dog' not in warning and 'without it' in warning
 
 
 def test_class_names_beyond_ascii(images):
@@ -343,11 +402,8 @@ def test_masks_of_other_images_alone_are_refused(images):
 @pytest.mark.parametrize('text, words', [
     (['image,cat,dog', 'a.jpg,oui,non', 'b.png,non,oui'], 'a header and values such as "non"'),
     (['image,cat,dog', 'a.jpg,+,', 'b.png,,+'], 'a header and values such as'),
-    (['image,cat,dog', 'a.jpg,0.9,0.1', 'b.png,0.2,0.7'], 'has the number 0.1 for a class'),
+    (['image,cat,dog', 'a.jpg,0.9,0.1', 'b.png,0.2,0.7'], 'values such as "0.1".*--label_columns'),
     (['a.jpg,12,13,40,39,cat', 'b.png,15,16,40,38,dog'], 'has the number 12 for a class'),          # boxes
-    (['image,label', 'a.jpg,"cat,dog"', 'b.png,dog', 'h.tif,cat'], 'has the class "cat,dog" and the classes cat and d'),
-    (['image,label', 'a.jpg,cat dog', 'b.png,dog', 'h.tif,cat'], 'write ; or . between the classes of an image'),
-    (['image,label', 'a.jpg,"[\'cat\', \'dog\']"', 'b.png,"[\'dog\']"'], "has .*'cat', 'dog'.*a file of another tool"),
     (['a.jpg,Cat', 'b.png,dog', 'h.tif,cat'], 'has the classes "Cat" and "cat": write one as the other'),
     (['image,label', 'a.jpg,cat', 'b.png,-'], 'has "cat" beside "-"'),
     (['A.jpg,cat', 'b.png,dog'], '1 rows name images that are not in .*"A.jpg": .*line 1'),         # no header
@@ -360,9 +416,14 @@ def test_masks_of_other_images_alone_are_refused(images):
     ('', 'has no rows'),
     ('image,classes', 'has no rows'),
     (['a.jpg,cat', 'x.jpg,dog', 'y,dog', ',dog'], '3 rows name images that are not in .*"x.jpg": .*line 2'),
-    (['a.jpg,cat', '', 'b.png, , ;'], '1 images have no class, the first is b.png'),
-    (['a.jpg', 'b.png'], '2 images have no class, the first is a.jpg'),
-    (['image,cat,dog', 'a.jpg,1,0', 'b.png,0,0'], '1 images have no class, the first is b.png'),
+    (['a.jpg', 'b.png'], '"a.jpg" has no field for its classes'),
+    (['a.jpg,cat', 'b.png'], 'line 2: "b.png" has no field'),
+    (['image,split,label', 'a.jpg,train,cat', 'b.png,val'], 'line 3: "b.png" has no field'),
+    (['image,label,split', 'a.jpg,cat,dog,train'], 'line 2: 4 fields'),
+    (['a.jpg,', 'b.png,'], 'has 0 classes'),
+    (['image,label', 'a.jpg,1', 'b.png,0'], '"0" below "label"'),
+    (['image,fold,cat', 'a.jpg,1,0', 'b.png,0,1'], '"0" below "fold"'),
+    (['image,label,split', 'a.jpg,cat,train', 'b.png,-,val'], 'has "cat" beside "-"'),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,1'], 'line 3: 1 values, but the header names 2 classes'),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,1,0,1'], 'line 3: 3 values'),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,2,0'], 'has "2" beside "0", a yes or no'),
@@ -381,6 +442,29 @@ def test_bad_labels_are_named_and_nothing_is_written(text, words, images):
         make(images, text)
     assert '\n' not in str(error.value) and 'labels' in str(error.value)
     assert sorted(os.listdir(images.parent)) == ['labels.csv', 'photos']
+
+
+@pytest.mark.parametrize('field', [
+    '"cat, dog"', '"cat,dog"', 'cat+dog', 'cat/dog', 'cat & dog', 'cat&dog', 'cat and dog', '"[\'cat\', \'dog\']"',
+    '"[""cat"", ""dog""]"', '"{""label"": ""cat""}"', '"(\'cat\', \'dog\')"', 'cat:1', 'cat=1', 'cat\\dog', 'cat、dog',
+    'cat，dog', 'cat > dog', 'cat_bird', 'bird.cat', 'ann@x.org', '0 14', '2024-01-01', '#1', 'dog bird', 'val', '1e5'])
+@pytest.mark.parametrize('header', [[], ['image,label']])
+def test_several_classes_in_one_field_never_become_one_of_a_longer_name(header, field, images):
+    rows = [*header, f'a.jpg,{field}', 'b.png,cat', 'c.JPG,bird dog']
+    with pytest.raises(BadInput, match='labels.csv .--labels') as error:
+        make(images, rows)
+    assert any(part.strip('\'\\') in str(error.value) for part in field.split('"')) and '\n' not in str(error.value)
+    assert not (images.parent / 'root').exists()
+
+
+def test_names_with_blanks_are_told(images, capsys):
+    make(images, ROWS)
+    assert '1 classes have a blank in their name: red fox' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ["St. Bernard's dog (old)", 'x-ray', 'traffic_light', 'बिल्ली', 'L’Oréal', 'boeing 737'])
+def test_names_of_any_language_are_classes(name, images):
+    assert labels_of(make(images, [f'a.jpg,{name}', 'b.png,cat']))['a'] == [name]
 
 
 def test_class_that_is_not_among_the_given_names_is_refused(images):

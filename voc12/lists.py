@@ -98,6 +98,13 @@ def check_images(names, list_path, voc12_root):
             raise BadInput(f'no such image: {get_img_path(name, voc12_root)}, named in {list_path} (--voc12_root)')
 
 
+def count_classes(labels, class_names):
+    """(unused, everywhere): the names of the classes that no image has, and of those that every image has.
+    labels: dict name -> (C,) multi-hot, not empty."""
+    counts = np.sum(list(labels.values()), axis=0)
+    return tuple([name for name, count in zip(class_names, counts) if count == most] for most in (0, len(labels)))
+
+
 class XmlBuilder(ElementTree.TreeBuilder):
     """Refuses a DOCTYPE, which can define entities that expand without end. No file of VOC has one."""
 

@@ -9,7 +9,10 @@ line has. A row is an image, by its path in --images with or without extension, 
     one-hot   image,cat,dog         a header with the class names, and below it alone 1 or 0, True or False, yes or no,
               cat1.jpg,1,1          their first letters, x or nothing (also - or NaN), in any capitals
 
-A first line that does not begin with the path of an image is a header. The classes of all rows of an image add up.
+A first line that does not begin with the path of an image is a header. Where it names columns label, class, category,
+tag or the like, classes are read from these alone; --label_columns names other ones. The classes of all rows of an
+image add up. An image whose fields are empty (`sky.jpg,`) or all 0 shows none of the classes. An image without a row is
+not used.
 
 JPEGImages/NAME.jpg is a link to the image, whatever its format, since all readers go by the content. NAME, by which
 lists and results go, is the image's file name without extension, with _ for blanks, dots and the like.
@@ -22,6 +25,7 @@ import random
 import re
 import shlex
 import sys
+import unicodedata
 
 import numpy as np
 
@@ -31,12 +35,21 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_root
-from voc12.lists import GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, load_class_names, read_lines
+from voc12.lists import (GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, count_classes, join_first,
+                         load_class_names, read_lines)
 
 MARKER = 'CUSTOM.txt'              # tells a folder of ours from others
 ENDINGS = EXTENSIONS + tuple(map(str.upper, EXTENSIONS))
 YES = {'1', 'true', 'yes', 'on', 'y', 't', 'x', '✓', '✔', '☑'}      # values of the one-hot form, in lower case
 NO = {'', '0', 'false', 'no', 'off', 'n', 'f', '-', 'nan', 'na', 'n/a', 'none', 'null', '✗', '✘', '☐'}
+# what a column of classes is called, letters alone, in lower case
+LABEL_COLUMN = re.compile('(?:image|img|gt|true)?(label|class|categor|tag|choice|species|breed|target)'
+                          '(?:s|es|y|ies|name|names)*')
+# what a column of 1 and 0 is called that is no class
+NO_CLASS_COLUMN = re.compile(r'split|(sub)?set|fold|verified|reviewed|checked|is\W*_?(train|val|valid|test)\w*|'
+                             r'(.*[\W_])?(id|index)|unnamed.*')
+SPLITS = {'val', 'valid', 'validation', 'test', 'testing', 'training', 'trainval'}
+IN_NAMES = set("_-.'’()")          # of the marks and symbols of Unicode, those that names of classes have
 
 
 def get_args_parser():
@@ -54,6 +67,8 @@ def get_args_parser():
     parser.add_argument('--seed', default=0, type=int, help='of the split (default: %(default)s)')
     parser.add_argument('--class_names', metavar='FILE',
                         help='foreground classes, one a line (default: those of --labels, sorted)')
+    parser.add_argument('--label_columns', nargs='+', metavar='NAME',
+                        help='columns of the header that hold the classes; the others are not read')
     parser.add_argument('--copy', action='store_true', help='copy images and masks in place of links to them')
     return parser
 
@@ -108,9 +123,33 @@ def read_bit(value):
     return text in YES if text in YES | NO else None
 
 
-def is_one_hot(values, columns, source):
-    """Whether the values (set of str, lower case) of a CSV file are those of the one-hot form. columns: the header but
-    for its first field, or []. source: the file, for messages. Raises BadInput where it cannot be told."""
+def label_kind(column):
+    """'label', 'class' or the like where the name of a column says that it holds classes, else ''."""
+    match = LABEL_COLUMN.fullmatch(''.join(filter(str.isalpha, column.casefold())))
+    return match[1] if match else ''
+
+
+def find_label_columns(header, wanted, source):
+    """Indices of the columns that --label_columns (wanted) names, else of those whose name says that they hold classes,
+    else of all but the first. header: list of its fields. source: the file, for messages. Raises BadInput for a column
+    that the header lacks, and where it has columns of classes of several kinds."""
+    if wanted:
+        other = [name for name in wanted if name not in header[1:]]
+        if other:
+            raise BadInput(f'{source} has no column "{other[0]}" (--label_columns); it has '
+                           + (', '.join(header[1:]) or 'no header'))
+        return [i for i, name in enumerate(header) if i and name in wanted]
+    kinds = {i: label_kind(name) for i, name in enumerate(header) if i and label_kind(name)}
+    if len(set(kinds.values())) > 1:
+        raise BadInput(f'{source} has the columns {", ".join(header[i] for i in kinds)}; say which hold the classes '
+                       '(--label_columns)')
+    return list(kinds or range(1, len(header)))
+
+
+def is_one_hot(values, columns, wanted, source):
+    """Whether the values (set of str, lower case) of a CSV file are those of the one-hot form. columns: the header's
+    names for them, or []. wanted: whether --label_columns named these. source: the file, for messages.
+    Raises BadInput where it cannot be told."""
     named = sorted(values - {''})
     bits = [value for value in named if read_bit(value) is not None]
     others = [value for value in named if read_bit(value) is None]
@@ -122,32 +161,53 @@ def is_one_hot(values, columns, source):
         if letters_alone and len(set(map(read_bit, bits))) < len(bits):
             raise BadInput(f'{source} has the values {", ".join(bits)}: classes, or yes and no? Write 1 and 0, or '
                            'longer names of the classes')
+        odd = [name for name in columns if label_kind(name) or NO_CLASS_COLUMN.fullmatch(name.casefold())]
+        if odd and not wanted:
+            raise BadInput(f'{source} has values such as "{bits[0]}" below "{odd[0]}", which is hardly a class: write '
+                           'the names of the classes, or name their columns (--label_columns)')
         return True
     if bits and (not letters_alone or len(columns) > 1):
         raise BadInput(f'{source} has "{others[0]}" beside "{bits[0]}", a yes or no of the one-hot form, which has '
-                       'these alone, in columns of classes')
-    if len(columns) > 1 and 1 <= len(named) <= 2:
-        raise BadInput(f'{source} has a header and values such as "{others[0]}": classes, or yes and no? Write 1 and '
-                       '0, or delete the header if these are classes')
+                       'these alone: name the columns of the classes (--label_columns), and leave the field of an '
+                       'image without any empty')
+    if named and len(columns) > 1 and not (wanted or all(map(label_kind, columns))):
+        raise BadInput(f'{source} has a header and values such as "{others[0]}": name the columns that hold classes '
+                       f'(--label_columns), of {", ".join(columns)}; or write 1 and 0 below the names of classes; or '
+                       'delete the header if all hold classes')
     return False
 
 
 def check_spelling(names, source):
-    """Raises BadInput for names (set of str) that are numbers, two classes in one field, or one class in two
-    spellings."""
+    """Raises BadInput for names (set of str) that are no names, several classes in one, values of another column, or
+    one class in two spellings: they can be meant, but then --class_names lists them. Prints those with blanks."""
+    cure = 'write ; or | between the classes of an image, or list the names as they are in --class_names'
+    words = {name: [word for word in re.split(r"[\s_.()'’-]+", name.casefold()) if word] for name in sorted(names)}
+    spelled = {' '.join(parts): name for name, parts in words.items()}
+    first, last = ({parts[end]: name for name, parts in words.items() if len(parts) > 1} for end in (0, -1))
     by_lower_case = {}
-    for name in sorted(names):
-        words = re.findall(r'\w+', name)
-        if len(words) > 1 and names.issuperset(words):
-            raise BadInput(f'{source} has the class "{name}" and the classes {" and ".join(words)}: write ; or | '
-                           'between the classes of an image')
-        if re.fullmatch(r'[-+]?[\d.,]+(e[-+]?\d+)?', name.lower()):
+    for name, parts in words.items():
+        if re.fullmatch(r'[\W\d_]*(e[-+]?\d+)?', name.lower()):
             raise BadInput(f'{source} has the number {name} for a class: write names, or list the classes in '
                            '--class_names')
+        mark = next((char for char in name if unicodedata.category(char)[0] in 'PS' and char not in IN_NAMES), None)
+        if mark or {'and', 'or'} & set(parts):
+            raise BadInput(f'{source} has the class "{name}", which looks like several, or like no class: {cure}')
+        inner = {' '.join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
+        other = next((spelled[part] for part in sorted(inner & spelled.keys()) if spelled[part] != name
+                      and part != ' '.join(parts)), first.get(parts[-1]) if len(parts) > 1 else None)
+        if other and other != name:
+            raise BadInput(f'{source} has the class "{name}" and the class "{other}": {cure}')
+        if name.casefold() in SPLITS:
+            raise BadInput(f'{source} has the class {name}, as in a column that splits the images: delete that column, '
+                           'or write a header and --label_columns')
         twin = by_lower_case.setdefault(name.casefold(), name)
         if twin != name:
             raise BadInput(f'{source} has the classes "{twin}" and "{name}": write one as the other, or list both in '
                            '--class_names')
+    blanks = [name for name in sorted(names) if ' ' in name]
+    if blanks:
+        print(f'{len(blanks)} classes have a blank in their name: {join_first(blanks)}; if these are several classes, '
+              'write ; or | between them')
 
 
 def read_labels(args):
@@ -159,33 +219,51 @@ def read_labels(args):
     if not first.lower().endswith(EXTENSIONS) and find_image(args.images, first) is None:
         print(f'{args.labels}: the first line is a header, since {args.images} has no image "{first}"')
         header = [' '.join(field.split()) for field in rows.pop(0)[1]]
+        while header and not header[-1]:
+            header.pop()
     if not rows:
         raise BadInput(f'{source} has no rows below its header')
     paths = [find_image(args.images, fields[0]) for _, fields in rows]
     missing = [f'"{fields[0]}": {where}' for path, (where, fields) in zip(paths, rows) if path is None]
     if missing:
         raise BadInput(f'{len(missing)} rows name images that are not in {args.images} (--images), the first is '
-                       f'{missing[0]}')
+                       f'{missing[0]}; the first column holds the images')
 
-    columns = header[1:]
-    one_hot = is_one_hot({value.casefold() for _, fields in rows for value in fields[1:]}, columns, source)
+    indices = find_label_columns(header, args.label_columns, source)
+    columns = [header[i] for i in indices]
+    rest = [name or '(no name)' for i, name in enumerate(header) if i and i not in indices]
+    if rest:
+        print(f'{args.labels}: classes are in {", ".join(columns)}; not read: {", ".join(rest)}')
+    values = [pick_values(where, fields, header, indices) for where, fields in rows]
+    one_hot = is_one_hot({value.casefold() for found in values for value in found}, columns,
+                         bool(args.label_columns), source)
     labels = {}
-    for path, (where, (_, *values)) in zip(paths, rows):
-        if one_hot and len(values) != len(columns):
-            raise BadInput(f'{where}: {len(values)} values, but the header names {len(columns)} classes')
+    for path, (where, _), found in zip(paths, rows, values):
+        if one_hot and len(found) != len(columns):
+            raise BadInput(f'{where}: {len(found)} values, but the header names {len(columns)} classes')
         if one_hot:
-            classes = {name for name, value in zip(columns, values) if read_bit(value)}
+            classes = {name for name, value in zip(columns, found) if read_bit(value)}
         else:
-            names = re.split('[;|]', '|'.join(values))
+            names = re.split('[;|]', '|'.join(found))
             classes = {' '.join(name.split()) for name in names} - {''}         # as load_class_names reads them
         labels.setdefault(path, set()).update(classes)
-    empty = [path for path, classes in labels.items() if not classes]
-    if empty:
-        raise BadInput(f'{source}: {len(empty)} images have no class, the first is {empty[0]}; an image without any '
-                       'cannot be trained on, take it out')
     if not one_hot and not args.class_names:
         check_spelling(set().union(*labels.values()), source)
     return labels, columns if one_hot else []
+
+
+def pick_values(where, fields, header, indices):
+    """The fields of a row that hold classes; without a header all but the first. Those behind the last column of the
+    header belong to it. Raises BadInput for a row without such a field, and for more fields than a header that ends
+    with another column has."""
+    found = [fields[i] for i in indices if i < len(fields)] if header else fields[1:]
+    extra = fields[len(header):] if header else []
+    if not found:
+        raise BadInput(f'{where}: "{fields[0]}" has no field for its classes; write "{fields[0]}," for an image that '
+                       'shows none of them, or take it out')
+    if any(extra) and len(header) - 1 not in indices:
+        raise BadInput(f'{where}: {len(fields)} fields, but the header has {len(header)}')
+    return found + [field for field in extra if field]
 
 
 def choose_classes(used, args):
@@ -249,11 +327,19 @@ def main(args):
     train, val = split_names(labels, args.val_share, args.seed)
 
     write_root(args.out, MARKER, files, labels, class_names, {'train': train, 'val': val}, args.copy)
-    print(f'{"images per class":24}{"train":>8}{"val":>8}')
+    negatives = [image for image, label in labels.items() if not label.any()]
+    if negatives:
+        print(f'{len(negatives)} of {len(labels)} images show none of the classes: {join_first(negatives)}')
+    print(f'{"images per class":24}{"train":>8}{"without":>9}{"val":>8}{"without":>9}')
     for c, name in enumerate(class_names):
-        print(f'{name:24}' + ''.join(f'{sum(labels[image][c] for image in images):8.0f}' for images in (train, val)))
-    print(f'{"all":24}{len(train):8}{len(val):8}')
-    print(f'{"with a mask":24}{len(masks.keys() & set(train)):8}{len(masks.keys() & set(val)):8}')
+        counts = [int(sum(labels[image][c] for image in images)) for images in (train, val)]
+        print(f'{name:24}{counts[0]:8}{len(train) - counts[0]:9}{counts[1]:8}{len(val) - counts[1]:9}')
+    for what, names_of in (('all', labels), ('with a mask', masks)):
+        print(f'{what:24}' + ''.join(f'{len(names_of.keys() & set(images)):8}{"":9}' for images in (train, val)).rstrip())
+    everywhere = count_classes({name: labels[name] for name in train}, class_names)[1]
+    if everywhere:
+        print(f'warning: every image of train.txt shows {", ".join(everywhere)}, so nothing is to be told apart: add '
+              'images without it, with an empty field for their classes (sky.jpg,)')
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])
