@@ -446,8 +446,8 @@ def test_bad_labels_are_named_and_nothing_is_written(text, words, images):
 
 @pytest.mark.parametrize('field', [
     '"cat, dog"', '"cat,dog"', 'cat+dog', 'cat/dog', 'cat & dog', 'cat&dog', 'cat and dog', '"[\'cat\', \'dog\']"',
-    '"[""cat"", ""dog""]"', '"{""label"": ""cat""}"', '"(\'cat\', \'dog\')"', 'cat:1', 'cat=1', 'cat\\dog', 'cat、dog',
-    'cat，dog', 'cat > dog', 'cat_bird', 'bird.cat', 'ann@x.org', '0 14', '2024-01-01', '#1', 'dog bird', 'val', '1e5'])
+    '"[""cat"", ""dog""]"', '"{""label"": ""cat""}"', '"(\'cat\', \'dog\')"', 'cat:1', 'cat=1', 'cat\\dog',
+    'cat、dog', 'cat，dog', 'cat > dog', 'cat_bird', 'bird.cat', 'ann@x.org', '0 14', '2024-01-01', '#1', 'dog bird', 'val', '1e5'])
 @pytest.mark.parametrize('header', [[], ['image,label']])
 def test_several_classes_in_one_field_never_become_one_of_a_longer_name(header, field, images):
     rows = [*header, f'a.jpg,{field}', 'b.png,cat', 'c.JPG,bird dog']
@@ -462,7 +462,8 @@ def test_names_with_blanks_are_told(images, capsys):
     assert '1 classes have a blank in their name: red fox' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', ["St. Bernard's dog (old)", 'x-ray', 'traffic_light', 'बिल्ली', 'L’Oréal', 'boeing 737'])
+@pytest.mark.parametrize('name', ["St. Bernard's dog (old)", 'x-ray', 'traffic_light', 'बिल्ली', 'L’Oréal',
+                                  'boeing 737'])
 def test_names_of_any_language_are_classes(name, images):
     assert labels_of(make(images, [f'a.jpg,{name}', 'b.png,cat']))['a'] == [name]
 

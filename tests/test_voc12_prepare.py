@@ -391,6 +391,49 @@ def test_name_with_a_blank_is_read_whole_or_refused(line, name, tmp_path):
             load_img_name_list(path)
 
 
+@pytest.mark.parametrize('line, cause', [
+    ('JPEGImages\\a.jpg SegmentationClass\\a.png', 'backslash'), ('JPEGImages\\a.jpg 4 0', 'backslash'),
+    ('a 4 0', 'columns behind the name'), ('a 14', 'columns behind the name'), ('a SegmentationClass/a', 'columns')])
+def test_line_of_another_tool_is_refused_with_its_cause(line, cause, tmp_path):
+    path = str(write(tmp_path / 'list.txt', f'first\n{line}\n'))
+    with pytest.raises(BadInput, match=cause) as error:
+        load_img_name_list(path, '--list')
+    assert path in str(error.value) and '--list' in str(error.value)
+
+
+@pytest.mark.parametrize('line', ['2007_000032 4 0', 'JPEGImages/2007_000032.jpg 14', '2007_000032.png 0 1 2'])
+def test_class_indices_behind_the_name_are_passed_over(line, tmp_path):
+    assert load_img_name_list(str(write(tmp_path / 'list.txt', line))) == ['2007_000032']
+
+
+def test_list_of_the_repository_is_named_from_another_working_directory(repo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules[load_img_name_list.__module__], 'REPO_ROOT', str(repo))
+    with pytest.raises(BadInput, match=f'--list.*cd {repo}; python voc12/make_lists.py'):
+        load_img_name_list('voc12/train.txt', '--list')
+    write(repo / 'voc12' / 'train.txt', 'a')
+    with pytest.raises(BadInput, match=f'{tmp_path}; start the command in {repo}'):
+        load_img_name_list('voc12/train.txt', '--list')
+    monkeypatch.chdir(repo)
+    assert load_img_name_list('voc12/train.txt', '--list') == ['a']
+    with pytest.raises(BadInput) as error:
+        load_img_name_list('voc12/val.txt', '--list')
+    assert 'cd ' not in str(error.value) and 'make_lists.py' in str(error.value)
+
+
+@pytest.mark.parametrize('link', ['JPEGImages/a.jpg', 'JPEGImages'])
+def test_image_behind_a_link_that_leads_nowhere_is_told_with_its_target(link, tmp_path):
+    (tmp_path / 'root').mkdir()
+    write(tmp_path / 'photos' / 'a.jpg', '')
+    (tmp_path / 'root' / 'JPEGImages').mkdir() if link != 'JPEGImages' else None
+    target = tmp_path / 'photos' / link.removeprefix('JPEGImages').lstrip('/')
+    (tmp_path / 'root' / link).symlink_to(target)
+    check_images(['a'], 'list.txt', str(tmp_path / 'root'))
+    (tmp_path / 'photos').rename(tmp_path / 'moved')
+    with pytest.raises(BadInput, match=f'{link} is a link to {str(target).rstrip("/")}, .*--voc12_root.*list.txt'):
+        check_images(['a'], 'list.txt', str(tmp_path / 'root'))
+
+
 @pytest.mark.parametrize('name', ['Background', '_background_', 'BG', 'void', '__ignore__', '0: background',
                                   'background:0,0,0::', '# label:color_rgb:parts:actions', 'dog:64,0,128::',
                                   'dog 64 0 128', 'dog #400080', 'background/other', 'void/unlabelled', 'bkgd', 'null',

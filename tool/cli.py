@@ -69,16 +69,26 @@ def exit_with(line, code):
     sys.exit(code)
 
 
+def dead_link(path):
+    """A text for messages where `path`, or a folder above it, is a link to what is not there; else ''."""
+    link, above = os.path.abspath(path), None
+    while link != above:
+        if os.path.islink(link) and not os.path.exists(link):
+            return f'{link} is a link to {os.readlink(link)}, which is not there: was it moved, or is a disk not mounted?'
+        link, above = os.path.dirname(link), link
+    return ''
+
+
 def check_dir(path, flag):
     """Raises BadInput unless `path` is a folder; `flag` is the command-line flag that named it."""
     if not os.path.isdir(path):
-        raise BadInput(f'no such folder: {path} ({flag})')
+        raise BadInput(f'{dead_link(path) or "no such folder: " + str(path)} ({flag})')
 
 
 def check_file(path, flag):
     """Raises BadInput unless `path` is a file; `flag` is the command-line flag that named it."""
     if not os.path.isfile(path):
-        raise BadInput(f'no such file: {path} ({flag})')
+        raise BadInput(f'{dead_link(path) or "no such file: " + str(path)} ({flag})')
 
 
 def check_range(args, low, high, *names):

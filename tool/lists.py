@@ -2,8 +2,9 @@
 import os
 import re
 
-from tool.cli import BadInput, check_file
+from tool.cli import BadInput, check_file, dead_link
 
+REPO_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 IMG_FOLDER = 'JPEGImages'
 IMG_EXTENSIONS = ('.jpg', '.JPG', '.jpeg', '.JPEG', '.png', '.PNG')
 MAX_TEXT = 100 * 2 ** 20           # bytes of a list
@@ -32,31 +33,50 @@ def get_img_path(name, voc12_root):
     return next((stem + extension for extension in IMG_EXTENSIONS if os.path.isfile(stem + extension)), stem + '.jpg')
 
 
+def check_list_exists(path, flag):
+    """Raises BadInput unless the list is there: with the command that makes it, if it is one of voc12/, or where it is,
+    if the working directory is another than that of the repository."""
+    if os.path.isfile(path) or dead_link(path):
+        return
+    here = os.path.join(REPO_ROOT, path)
+    if os.path.isfile(here):
+        raise BadInput(f'no such list: {path} ({flag}) in the working directory {os.getcwd()}; start the command in '
+                       f'{REPO_ROOT}, or name {here}')
+    if os.path.basename(os.path.dirname(os.path.abspath(path))) == 'voc12':
+        elsewhere = os.path.abspath(path) != os.path.abspath(here)
+        source = ' --sbd_root benchmark_RELEASE' if os.path.basename(path) == 'train_aug.txt' else ''
+        raise BadInput(f'no such list: {path} ({flag}); make it with: '
+                       + (f'cd {REPO_ROOT}; ' if elsewhere else '')
+                       + f'python voc12/make_lists.py --voc12_root VOC2012{source}'
+                       + (', and start this command there too' if elsewhere else ''))
+
+
 def load_img_name_list(path, flag='--train_list or --infer_list'):
     """Image names of a list file, in order.
 
     Accepts VOC's own form (one name a line) and the two-column form of AffinityNet and SEAM
-    (`/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`); blank lines are passed over, and the -1, 0 or 1 behind the
-    names in VOC's lists of one class. The first column ends behind an extension, so names may have blanks there. Only
+    (`/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`); blank lines are passed over, and whole numbers behind
+    VOC's names (-1, 0 or 1 in its lists of one class, class indices in those of other code). The first column ends behind an extension, so names may have blanks there. Only
     its file name counts, so every image is one of the data root.
     `flag` is the command-line flag that named the file, for the messages.
-    Raises BadInput for a missing or empty list, and for a name that leaves the data root: `..` as a folder or a name,
-    a backslash; and for blanks in a name without an extension.
+    Raises BadInput for a missing or empty list, and for a name that leaves the data root: `..` as a folder or a name;
+    for a backslash, blanks in a name without an extension, and columns behind one.
     """
-    if not os.path.isfile(path) and os.path.basename(os.path.dirname(os.path.abspath(path))) == 'voc12':
-        source = ' --sbd_root benchmark_RELEASE' if os.path.basename(path) == 'train_aug.txt' else ''
-        raise BadInput(f'no such list: {path} ({flag}); make it with: '
-                       f'python voc12/make_lists.py --voc12_root VOC2012{source}')
+    check_list_exists(path, flag)
     names = []
     for line in filter(None, map(str.strip, read_lines(path, flag))):
         column = (re.match(r'(.+?)\.(?:jpe?g|png)(?!\S)', line, re.IGNORECASE)
-                  or re.fullmatch(r'(\d{4}_\d{6})\s+-?[01]', line))
+                  or re.fullmatch(r'(\d{4}_\d{6})(?:\s+-?\d+)+', line))
         field = column[1] if column else line
         name = os.path.basename(field)
-        unclear = not column and len(line.split()) > 1
-        if unclear or name in ('', '.') or '..' in field.split('/') or '\\' in name:
-            raise BadInput(f'{path} ({flag}) has {line[:100]!r}, which is no name of an image in the data root; a name '
-                           'with blanks needs its extension')
+        cure = ''
+        if '\\' in field:
+            cure = 'it has a backslash: write / between folders'
+        elif not column and len(line.split()) > 1:
+            cure = 'delete the columns behind the name; a name with blanks needs its extension'
+        if cure or name in ('', '.') or '..' in field.split('/'):
+            raise BadInput(f'{path} ({flag}) has {line[:100]!r}, which is no name of an image in the data root'
+                           + (f'; {cure}' if cure else ''))
         names.append(name)
     if not names:
         raise BadInput(f'the list is empty: {path} ({flag})')

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
-from tool.cli import BadInput, check_dir
+from tool.cli import BadInput, check_dir, dead_link
 from tool.files import describe
 from tool.image_files import IGNORE
 from tool.lists import IMG_FOLDER, get_img_path, load_img_name_list, read_lines     # noqa: F401: for others, too
@@ -94,8 +94,10 @@ def check_images(names, list_path, voc12_root):
     """Raises BadInput for the first of the list's names that has no image under the data root."""
     check_dir(voc12_root, '--voc12_root')
     for name in names:
-        if not os.path.isfile(get_img_path(name, voc12_root)):
-            raise BadInput(f'no such image: {get_img_path(name, voc12_root)}, named in {list_path} (--voc12_root)')
+        path = get_img_path(name, voc12_root)
+        if not os.path.isfile(path):
+            what = dead_link(path) or f'no such image: {path}'
+            raise BadInput(f'{what} (--voc12_root); it is image {name} of {list_path}')
 
 
 def count_classes(labels, class_names):

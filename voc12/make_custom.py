@@ -335,7 +335,7 @@ def main(args):
         counts = [int(sum(labels[image][c] for image in images)) for images in (train, val)]
         print(f'{name:24}{counts[0]:8}{len(train) - counts[0]:9}{counts[1]:8}{len(val) - counts[1]:9}')
     for what, names_of in (('all', labels), ('with a mask', masks)):
-        print(f'{what:24}' + ''.join(f'{len(names_of.keys() & set(images)):8}{"":9}' for images in (train, val)).rstrip())
+        print(f'{what:24}' + f'{"":9}'.join(f'{len(names_of.keys() & set(images)):8}' for images in (train, val)))
     everywhere = count_classes({name: labels[name] for name in train}, class_names)[1]
     if everywhere:
         print(f'warning: every image of train.txt shows {", ".join(everywhere)}, so nothing is to be told apart: add '
