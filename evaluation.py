@@ -23,7 +23,7 @@ LONG_CURVE = np.arange(100) / 100
 
 def score_image(name, args, thresholds, num_classes):
     """Of one image: int64 (thresholds, K+1, K+1) confusion, and int64 (2, 256) pixels of each value in its ground truth
-    and in its label map (--type png; 0 for score dicts)."""
+    and, where that is not 255, in its label map (--type png; 0 for score dicts)."""
     gt_path = os.path.join(args.gt_dir, name + '.png')
     gt = image_files.read_label_map(gt_path, '--gt_dir')
     path = os.path.join(args.predict_dir, name + ('.png' if args.type == 'png' else '.npy'))
@@ -46,7 +46,7 @@ def score_image(name, args, thresholds, num_classes):
         pred = score_files.strongest_label(scores) if scores else np.zeros_like(gt)
     else:
         pred = scores[0]
-        values[1] = np.bincount(pred.ravel(), minlength=256)
+        values[1] = np.bincount(pred[gt != IGNORE], minlength=256)
     return confusion(gt, pred, num_classes)[None], values
 
 
@@ -62,8 +62,10 @@ def warn_of_values(values, categories, args):
     if missing:
         print(f'warning: no file of {args.gt_dir} (--gt_dir) on the list has {", ".join(missing)} (--mean_classes), '
               'whose IoU of 0 is part of the mean')
+    if values[1, IGNORE]:
+        print(f'{100 * values[1, IGNORE] / values[1].sum():.3g}% of the scored pixels are {IGNORE} in {args.predict_dir} '
+              '(--predict_dir): no class, which counts as wrong')
     for what, counts in zip((f'{args.gt_dir} (--gt_dir)', f'{args.predict_dir} (--predict_dir)'), values):
-        # 255 is known: ignored in ground truth, "no class" in predictions
         beyond = [value for value in np.flatnonzero(counts) if num_classes < value < IGNORE]
         if beyond:
             numbers = ', '.join(map(str, beyond[:10])) + (', ...' if len(beyond) > 10 else '')
@@ -213,13 +215,22 @@ def check_args(args):
 
 
 def check_files(names, args):
-    """Raises BadInput where a file of the list is missing, or the log cannot be written: before the work."""
+    """Raises BadInput where files of the list are missing, or the log cannot be written: before the work."""
+    missing = {'--gt_dir': [], '--predict_dir': []}             # the errors
     for name in names:
-        check_file(os.path.join(args.gt_dir, name + '.png'), '--gt_dir')
-        if args.type == 'png':
-            check_file(os.path.join(args.predict_dir, name + '.png'), '--predict_dir')
-        else:
-            score_files.find_scores(os.path.join(args.predict_dir, name + '.npy'), '--predict_dir')
+        for flag, errors in missing.items():
+            try:
+                path = os.path.join(args.gt_dir if flag == '--gt_dir' else args.predict_dir, name)
+                if flag == '--predict_dir' and args.type != 'png':
+                    score_files.find_scores(path + '.npy', flag)
+                else:
+                    check_file(path + '.png', flag)
+            except BadInput as error:
+                errors.append(error)
+    told = [f'{len(errors):,} of the {len(names):,} images of {args.list} (--list) have no file in {flag}; the first: '
+            f'{errors[0]}' for flag, errors in missing.items() if errors]
+    if told:
+        raise BadInput('; '.join(told))
     add_to_log(args.logfile, '')
 
 

@@ -148,9 +148,28 @@ def test_predictions_of_another_class_list_are_warned_of(data):
     assert '2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ..., in 14 pixels' in done(score_script(data, '--class_names', 'names.txt'))
 
 
-def test_255_in_predictions_is_known(data):
+def test_share_of_255_in_predictions_is_told(data):
     image_files.save_label_map(str(data / 'pred/b.png'), np.full((4, 4), 255))
-    assert 'warning: pred' not in done(score_script(data))
+    out = done(score_script(data))
+    assert 'warning: pred' not in out          # it can be meant
+    assert [line for line in out.splitlines() if '50%' in line and 'pred (--predict_dir)' in line and 'wrong' in line]
+    (data / 'pred/b.png').write_bytes((data / 'gt/b.png').read_bytes())     # 255 where the ground truth has it
+    assert '(--predict_dir)' not in done(score_script(data))
+
+
+@pytest.mark.parametrize('kind', ['png', 'npy'])
+def test_missing_files_are_counted(data, kind):
+    (data / 'list.txt').write_text('a\nb\nc\nd\n')
+    for name in 'cd':
+        (data / f'gt/{name}.png').write_bytes((data / 'gt/a.png').read_bytes())
+    flags = ['--curve'] if kind == 'npy' else []
+    folder = {'png': 'pred', 'npy': 'cam'}[kind]
+    line = refused(score_script(data, *flags, kind=kind), '2 of the 4 images', 'list.txt', f'{folder}/c.{kind}',
+                   '--predict_dir')
+    assert '--gt_dir' not in line and not list(data.glob('*.csv'))
+    (data / 'gt/d.png').unlink()
+    (data / 'gt/d.png').symlink_to(data / 'moved.png')
+    refused(score_script(data, *flags, kind=kind), '2 of the 4 images', '1 of the 4 images', 'moved.png', '--gt_dir')
 
 
 @pytest.mark.parametrize('name', ['logs', 'logs/', 'new/'])
