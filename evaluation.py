@@ -63,8 +63,9 @@ def warn_of_values(values, categories, args):
         print(f'warning: no file of {args.gt_dir} (--gt_dir) on the list has {", ".join(missing)} (--mean_classes), '
               'whose IoU of 0 is part of the mean')
     if values[1, IGNORE]:
-        print(f'{100 * values[1, IGNORE] / values[1].sum():.3g}% of the scored pixels are {IGNORE} in {args.predict_dir} '
-              '(--predict_dir): no class, which counts as wrong')
+        share = 100 * values[1, IGNORE] / values[1].sum()
+        print(f'{share:.3g}% of the scored pixels are {IGNORE} in {args.predict_dir} (--predict_dir): no class, which '
+              'counts as wrong')
     for what, counts in zip((f'{args.gt_dir} (--gt_dir)', f'{args.predict_dir} (--predict_dir)'), values):
         beyond = [value for value in np.flatnonzero(counts) if num_classes < value < IGNORE]
         if beyond:

@@ -128,6 +128,12 @@ def save_foreign(root, form, array):
     Image.fromarray(array).save(jpg(root), format=form)
 
 
+def save_turned(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (8, 8)).save(jpg(root), exif=exif)
+
+
 def write_own_xml(root):
     for name, other in zip(NAMES, ('Dog', 'dogs', 'hot dog', 'Dog')):
         write_xml(root, name, [*OBJECTS[name], 20], [*CAT_LIST, other])
@@ -182,7 +188,8 @@ DAMAGES = {
     'mask_class_without_label': (lambda root: save_label_map(png(root), make_mask([0, 11])), 'PROBLEM',
                                  f'masks with a class that the label lacks: 1: {FIRST} (dog)'),
     'image_without_class': (lambda root: [write_xml(root, FIRST, []), save_label_map(png(root), make_mask([]))],
-                            'PROBLEM', f'images without any class: 1: {FIRST}; training refuses'),
+                            'note', f'images without any class: 1: {FIRST}; nothing of --class_names'),
+    'turned_by_exif': (save_turned, 'note', f'images whose EXIF orientation is not normal: 1: {FIRST} (orientation 6)'),
     'missing_annotation': (lambda root: (root / 'Annotations' / f'{FIRST}.xml').unlink(), 'PROBLEM',
                            'images without a usable label in '),
     'malformed_annotation': (lambda root: (root / 'Annotations' / f'{FIRST}.xml').write_text('<annotation><object>'),
@@ -216,6 +223,50 @@ def test_clean_set_is_ok_and_recognised(devkit, canonical, capsys):
     assert "ok       the list: VOC 2012 train, 6 images: the split of the paper's CAM tables" in lines
     assert ('ok       digests of list and labels: names: identical to the train list used by SEAM; '
             'labels: identical to those used by SEAM') in lines
+
+
+def test_masks_of_0_and_255_alone_are_a_problem(devkit, capsys):
+    for name in NAMES:
+        save_label_map(png(devkit, name), make_mask([]))
+    assert run(devkit) == 1
+    assert f"PROBLEM  no mask in {devkit / 'SegmentationClass'} has a class" in capsys.readouterr().out
+
+
+def test_image_without_class_is_a_problem_in_vocs_own_list(devkit, canonical, capsys):
+    write_xml(devkit, FIRST, [])
+    run(devkit)
+    assert f'PROBLEM  images without any class: 1: {FIRST}' in capsys.readouterr().out
+
+
+def test_classes_that_no_image_or_every_image_has_are_a_note(devkit, capsys):
+    names = write_lines(devkit / 'names.txt', ['aeroplane', 'bird', 'zebra'])
+    run(devkit, '--class_names', names)
+    out = capsys.readouterr().out
+    assert 'note     classes of --class_names that no image of the list has: 1: zebra' in out
+    assert 'ok       classes that every image of the list has: none' in out
+    labels = devkit / 'labels.npy'
+    np.save(labels, {name: np.float32([1, name == FIRST, 0]) for name in NAMES}, allow_pickle=True)
+    run(devkit, '--class_names', names, '--cls_labels', labels)
+    assert 'note     classes that every image of the list has: 1: aeroplane' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('path', [jpg, png])
+def test_link_that_leads_nowhere_is_a_problem_of_its_own(path, devkit, capsys):
+    path(devkit).rename(devkit / 'original')
+    path(devkit).symlink_to(devkit / 'original')
+    run(devkit)
+    assert 'ok       images and masks that are links to files which are not there' in capsys.readouterr().out
+    (devkit / 'original').rename(devkit / 'moved')
+    run(devkit)
+    assert ('PROBLEM  images and masks that are links to files which are not there: 1: '
+            f'{FIRST} ({path(devkit).name})') in capsys.readouterr().out
+
+
+def test_damaged_exif_does_not_make_a_damaged_image(devkit, capsys):
+    Image.new('RGB', (8, 8)).save(jpg(devkit), exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12')
+    run(devkit)
+    out = capsys.readouterr().out
+    assert 'images that cannot be read: none' in out and 'EXIF orientation is not normal: none' in out
 
 
 def test_other_labels_than_seams_are_a_note(devkit, canonical, capsys, monkeypatch):
@@ -299,7 +350,7 @@ def test_command_line_from_another_folder_ends_with_the_verdict(devkit, tmp_path
     jpg(devkit).unlink()
     process = shell(tmp_path, '--list', 'VOC2012/list.txt')
     assert process.returncode == 1, process.stderr
-    assert process.stdout.splitlines()[-1].startswith('verdict: PROBLEM (PROBLEM: 1, note: 1, ok: ')
+    assert process.stdout.splitlines()[-1].startswith('verdict: PROBLEM (PROBLEM: 1, note: 2, ok: ')
     assert sorted(devkit.rglob('*')) == [path for path in before if path != jpg(devkit)]      # nothing is written
 
 

@@ -447,7 +447,8 @@ def test_bad_labels_are_named_and_nothing_is_written(text, words, images):
 @pytest.mark.parametrize('field', [
     '"cat, dog"', '"cat,dog"', 'cat+dog', 'cat/dog', 'cat & dog', 'cat&dog', 'cat and dog', '"[\'cat\', \'dog\']"',
     '"[""cat"", ""dog""]"', '"{""label"": ""cat""}"', '"(\'cat\', \'dog\')"', 'cat:1', 'cat=1', 'cat\\dog',
-    'cat、dog', 'cat，dog', 'cat > dog', 'cat_bird', 'bird.cat', 'ann@x.org', '0 14', '2024-01-01', '#1', 'dog bird', 'val', '1e5'])
+    'cat、dog', 'cat，dog', 'cat > dog', 'cat_bird', 'bird.cat', 'ann@x.org', '0 14', '2024-01-01', '#1',
+    'dog bird', 'val', '1e5'])
 @pytest.mark.parametrize('header', [[], ['image,label']])
 def test_several_classes_in_one_field_never_become_one_of_a_longer_name(header, field, images):
     rows = [*header, f'a.jpg,{field}', 'b.png,cat', 'c.JPG,bird dog']

@@ -74,7 +74,8 @@ def dead_link(path):
     link, above = os.path.abspath(path), None
     while link != above:
         if os.path.islink(link) and not os.path.exists(link):
-            return f'{link} is a link to {os.readlink(link)}, which is not there: was it moved, or is a disk not mounted?'
+            return (f'{link} is a link to {os.readlink(link)}, which is not there: was it moved, or is a disk not '
+                    'mounted?')
         link, above = os.path.dirname(link), link
     return ''
 

@@ -56,8 +56,9 @@ def load_img_name_list(path, flag='--train_list or --infer_list'):
 
     Accepts VOC's own form (one name a line) and the two-column form of AffinityNet and SEAM
     (`/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`); blank lines are passed over, and whole numbers behind
-    VOC's names (-1, 0 or 1 in its lists of one class, class indices in those of other code). The first column ends behind an extension, so names may have blanks there. Only
-    its file name counts, so every image is one of the data root.
+    VOC's names (-1, 0 or 1 in its lists of one class, class indices in those of other code). The first column ends
+    behind an extension, so names may have blanks there. Only its file name counts, so every image is one of the data
+    root.
     `flag` is the command-line flag that named the file, for the messages.
     Raises BadInput for a missing or empty list, and for a name that leaves the data root: `..` as a folder or a name;
     for a backslash, blanks in a name without an extension, and columns behind one.

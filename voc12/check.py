@@ -16,16 +16,17 @@ import numpy as np
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
+from tool.cli import BadInput, check_dir, check_range, dead_link, exit_on_bad_input
 from tool.files import describe
 from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
-from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, describe_unknown, join_first,
+from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, count_classes, describe_unknown, join_first,
                          get_img_path, load_class_names, load_img_name_list, read_labels)
 from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
+ORIENTATION = 0x0112               # tag of EXIF: 1 is upright, 2 to 8 are mirrored or turned
 FEW = 0.1                          # share of the images whose mask and label may differ without being a PROBLEM
 
 
@@ -46,17 +47,31 @@ def get_args_parser():
 
 # ----- one image -----
 
+def exif_orientation(img):
+    """The orientation that the EXIF data of a PIL image asks for; 1, upright, where it has none that can be read."""
+    try:
+        return img.getexif().get(ORIENTATION, 1)
+    except Exception:                   # damaged EXIF raises whatever it leads to; the readers of training pass it over
+        return 1
+
+
 def look_at(name, voc12_root, gt_dir, num_classes):
     """(findings, classes) of an image and its mask, both read as training and evaluation read them. Findings: dict of
     what is odd -> detail; classes: set of the mask's class indices from 0, None where it cannot be read."""
     found, size = {}, None
     image_path, mask_path = get_img_path(name, voc12_root), os.path.join(gt_dir, name + '.png')
+    for path in image_path, mask_path:
+        if dead_link(path):
+            found['dead link'] = os.path.basename(path)
     if not os.path.isfile(image_path):
         found['no image'] = ''
     else:
         try:
             size = read_image(image_path).size                          # (width, height)
-            mode, stored = decode_image(image_path, image_path, lambda img: (img.mode, stored_mode(img)))
+            mode, stored, turned = decode_image(
+                image_path, image_path, lambda img: (img.mode, stored_mode(img), exif_orientation(img)))
+            if turned in range(2, 9):
+                found['turned'] = f'orientation {turned}'
             if mode != 'RGB' or '16' in stored:
                 found['image mode'] = stored if '16' in stored else mode
         except BadInput as error:
@@ -121,6 +136,9 @@ def mask_lines(results, gt_dir, needed, class_names):
         level, hint = NOTE, f"usual in {AUG_GT_FOLDER}; the paper's evaluation uses the official {GT_FOLDER}"
     else:
         level, hint = PROBLEM, NOT_OFFICIAL
+    if not any(classes for _, classes in results.values()):
+        lines.append((PROBLEM, f'no mask in {gt_dir} has a class: 0 is the background, and {IGNORE} is ignored; the '
+                               'classes of --class_names count from 1'))
     lines += [judge(PROBLEM, 'masks of another size than their image (width x height)', pick(results, 'size')),
               values_line(results, len(class_names)),
               judge(level, "masks that are not indexed images in VOC's colours", pick(results, 'mask form'), hint)]
@@ -133,13 +151,20 @@ def mask_lines(results, gt_dir, needed, class_names):
     return lines
 
 
-def label_lines(names, labels, unusable, source, key):
-    """The image-level labels: there, not empty, those that SEAM used. key: which of VOC's lists it is, or None."""
+def label_lines(names, labels, unusable, source, key, class_names):
+    """The image-level labels: there, with and without each class, those that SEAM used. key: which of VOC's lists it
+    is, or None."""
     level = NOTE if key == 'test' else PROBLEM              # VOC keeps the labels of test to itself
     lines = [judge(level, f'images without a usable label in {source}',
                    [(name, describe(error.__cause__ or error)) for name, error in unusable.items()]),
-             judge(level, 'images without any class', [(name, '') for name in labels if not labels[name].any()],
-                   'training refuses them')]
+             judge(level if key else NOTE, 'images without any class',
+                   [(name, '') for name in labels if not labels[name].any()], 'nothing of --class_names is in them')]
+    if labels and not key:              # of VOC's own lists all is known
+        unused, everywhere = count_classes(labels, class_names)
+        lines += [judge(NOTE, 'classes of --class_names that no image of the list has', [(c, '') for c in unused],
+                        'nothing is learned about them'),
+                  judge(NOTE, 'classes that every image of the list has', [(c, '') for c in everywhere],
+                        'nothing is to be told apart: add images without them')]
     if key and not unusable:
         verdict = compare_labels(names, labels)
         lines.append((NOTE if 'NOT' in verdict else OK, f'digests of list and labels: {verdict}'))
@@ -182,10 +207,14 @@ def main(args):
              judge(PROBLEM, 'names more than once in the list', [(name, '') for name in names if counts[name] > 1]),
              judge(PROBLEM, 'missing images', pick(results, 'no image')),
              judge(PROBLEM, 'images that cannot be read', pick(results, 'damaged image')),
+             judge(PROBLEM, 'images and masks that are links to files which are not there', pick(results, 'dead link'),
+                   'were they moved, or is a disk not mounted?'),
+             judge(NOTE, 'images whose EXIF orientation is not normal', pick(results, 'turned'),
+                   'they are read as stored, without turning, so masks and boxes of tools that turn them do not fit'),
              judge(NOTE, 'images that are not RGB of 8 bits', pick(results, 'image mode'),
                    'converted to that: 16 bits by their range, transparency left out')]
     lines += mask_lines(results, gt_dir, bool(args.gt_dir) or key in ('train', 'val'), class_names)
-    lines += label_lines(names, labels, unusable, source, key)
+    lines += label_lines(names, labels, unusable, source, key, class_names)
     if unknown:
         lines.append((PROBLEM, describe_unknown(unknown)))
     lines += agreement_lines(results, labels, class_names)
