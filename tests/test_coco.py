@@ -150,6 +150,16 @@ def test_lists_are_sorted_and_without_unlabelled_images(coco, capsys):
     assert capsys.readouterr().out.count('1 more without any annotation are left out') == 2
 
 
+def test_images_without_annotation_are_negatives_where_that_is_asked_for(coco, capsys):
+    out = run(coco, '--negatives')
+    assert list_of(out, 'train') == list(TRAIN) and list_of(out, 'val') == list(VAL)
+    labels = np.load(out / 'cls_labels.npy', allow_pickle=True).item()
+    assert [name for name in labels if not labels[name].any()] == ['train_5', 'val_3']
+    assert capsys.readouterr().out.count('1 of them without any annotation') == 2
+    assert mask_of(out, 'val_3').shape == (H, W) and not mask_of(out, 'val_3').any()
+    assert (mask_of(out, 'train_1') == box_mask(2, 3, 10, 8)).all()
+
+
 def test_names_are_sorted_whatever_the_order_of_the_json(tmp_path):
     out = run(write_coco(tmp_path / 'coco', train=dict(reversed(TRAIN.items()))))
     assert list_of(out, 'train') == ['train_1', 'train_2', 'train_3', 'train_4']
@@ -333,10 +343,11 @@ def test_crowd_as_text_is_a_number(coco):
     assert tree(run(coco) / 'SegmentationClass') == before
 
 
-def test_file_without_any_annotation_is_refused(coco):
+@pytest.mark.parametrize('flags', [[], ['--negatives']])
+def test_file_without_any_annotation_is_refused(flags, coco):
     rewrite(coco, change(None, 'annotations', []))
     with pytest.raises(BadInput, match='no image of train has an annotation .--coco_root'):
-        run(coco)
+        run(coco, *flags)
 
 
 def test_val_may_be_missing(coco):

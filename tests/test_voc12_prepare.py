@@ -483,6 +483,24 @@ def test_name_without_a_label_is_told_with_one_that_the_file_has(tmp_path):
         load_labels(['a'], str(tmp_path / 'labels.npy'), 'no root')
 
 
+@pytest.mark.parametrize('form', ['xml', 'npy'])
+def test_labels_of_zeros_are_counted_where_they_are_allowed_and_else_refused(form, devkit, tmp_path, capsys):
+    cls_labels = str(tmp_path / 'labels.npy')
+    write(devkit / 'Annotations' / f'{VAL[1]}.xml', '<annotation/>')
+    if form == 'npy':
+        run_labels(devkit, cls_labels)
+    capsys.readouterr()
+    labels = load_labels(VAL, cls_labels, str(devkit), negatives=True)
+    np.testing.assert_array_equal(labels[VAL[1]], np.zeros(20, np.float32), strict=True)
+    assert f'1 of 2 images show none of the classes: {VAL[1]}\n' in capsys.readouterr().out
+    load_labels(TRAIN_AUG, cls_labels, str(devkit), negatives=True)
+    assert 'none of the classes' not in capsys.readouterr().out
+    with pytest.raises(BadInput, match=f'{VAL[1]} has no class'):
+        load_labels(VAL, cls_labels, str(devkit))
+    with pytest.raises(BadInput, match='gone'):             # a missing label is no label of zeros
+        load_labels(['gone'], cls_labels, str(devkit), negatives=True)
+
+
 def test_missing_annotation_is_told_with_the_label_file_that_is_not_there(tmp_path):
     with pytest.raises(BadInput, match='a.xml .*: No such file or directory; .*--cls_labels none.npy does not exist'):
         load_labels(['a'], 'none.npy', str(tmp_path))

@@ -177,9 +177,10 @@ def read_labels(names, cls_labels, voc12_root, class_names):
     return labels, unusable, unknown, source
 
 
-def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
-    """Labels to train on: dict name -> float32 (C,) multi-hot, none of them empty. Raises BadInput for a bad file,
-    and for a name without a usable label or any class; warns of objects in the XML that are of no class."""
+def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST, negatives=False):
+    """Labels to train on: dict name -> float32 (C,) multi-hot. negatives: accept labels of zeros, images that show none
+    of the classes, and print how many there are. Raises BadInput for a bad file, for a name without a usable label, and
+    without negatives for a label of zeros; warns of objects in the XML that are of no class."""
     labels, unusable, unknown, source = read_labels(names, cls_labels, voc12_root, class_names)
     if not os.path.exists(cls_labels):
         print(f'labels: from {source}')
@@ -188,7 +189,9 @@ def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
         raise BadInput(f'the label of image {name} is not usable: {error}; it is from {source}') from error
     if unknown:
         print(f'warning: {describe_unknown(unknown)}')
-    for name, label in labels.items():
-        if not label.any():
-            raise BadInput(f'image {name} has no class in {source}; take it out of the list, or correct its label')
+    empty = [name for name, label in labels.items() if not label.any()]
+    if empty and not negatives:
+        raise BadInput(f'image {empty[0]} has no class in {source}; take it out of the list, or correct its label')
+    if empty:
+        print(f'labels: {len(empty):,} of {len(labels):,} images show none of the classes: {join_first(empty)}')
     return labels

@@ -10,8 +10,8 @@ extension and with _ for blanks, dots and the like, is its name in lists and res
 is the category's place by ascending id (ids have gaps: COCO's are 1 to 90 for 80 categories). Crowd regions count like
 objects; objects without an outline count in the labels alone.
 
-Training refuses images without a class, and so does inference, which takes the classes from the labels. So images
-without any annotation are left out: about 700 of the 82,783 training and 400 of the 40,504 validation images of 2014.
+Images without any annotation are left out: about 700 of the 82,783 training and 400 of the 40,504 validation images of
+2014. With --negatives they stay on the lists, with a label of zeros, as images that show none of the classes.
 """
 import argparse
 import functools
@@ -46,6 +46,8 @@ def get_args_parser():
                         help='text file to write, the --class_names of the other scripts: one class a line, by '
                              'ascending category id (default: %(default)s)')
     parser.add_argument('--masks', action='store_true', help=f'write {GT_FOLDER}/ too, for evaluation.py')
+    parser.add_argument('--negatives', action='store_true',
+                        help='keep the images without any annotation: they count as images that show no class')
     parser.add_argument('--resume', action='store_true', help='keep the masks that an interrupted run has finished')
     parser.add_argument('--year', default=2014, type=int, help='the year in the names above (default: %(default)s)')
     parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
@@ -196,9 +198,9 @@ def read_json(path, with_masks):
     return names, list(images.values())
 
 
-def read_split(path, folder, with_masks):
-    """Reads a split: (class names, dict image name -> (path, h, w, objects), sorted by name), without images that have
-    no object. Raises BadInput for images that are missing, not in `folder`, or of one name."""
+def read_split(path, folder, with_masks, negatives):
+    """Reads a split: (class names, dict image name -> (path, h, w, objects), sorted by name). negatives: whether images
+    that have no object count, too. Raises BadInput for images that are missing, not in `folder`, or of one name."""
     print(f'reading {path}')
     class_names, images = read_json(path, with_masks)
     # an absolute file name may be one in the folder, too
@@ -210,10 +212,13 @@ def read_split(path, folder, with_masks):
     if missing:
         raise BadInput(f'{len(missing)} of the {len(images)} images of {path} are not in {folder} (--coco_root), the '
                        f'first: {missing[0]}')
-    labelled = [image for image in images if image[-1]]
-    names = name_images([file for file, *_ in labelled], f'{path} (--coco_root)')
-    by_file = {file: (os.path.join(folder, file), h, w, objects) for file, h, w, objects in labelled}
-    print(f'{len(names)} images; {len(images) - len(names)} more without any annotation are left out')
+    used = [image for image in images if image[-1] or negatives]
+    names = name_images([file for file, *_ in used], f'{path} (--coco_root)')
+    by_file = {file: (os.path.join(folder, file), h, w, objects) for file, h, w, objects in used}
+    if negatives:
+        print(f'{len(names)} images; {sum(not objects for *_, objects in used)} of them without any annotation')
+    else:
+        print(f'{len(names)} images; {len(images) - len(names)} more without any annotation are left out')
     return class_names, {name: by_file[file] for name, file in names.items()}
 
 
@@ -228,11 +233,11 @@ def read_splits(args):
             continue
         check_file(path, '--coco_root')
         folder = find_image_folder(args.coco_root, split, args.year)
-        class_names[split], splits[split] = read_split(path, folder, args.masks)
+        class_names[split], splits[split] = read_split(path, folder, args.masks, args.negatives)
     if class_names.get('val', class_names['train']) != class_names['train'] or splits['train'].keys() & splits['val']:
         raise BadInput(f'the instances files of train and val (--coco_root {args.coco_root}) do not belong together: '
                        'categories differ, or an image is in both')
-    if not splits['train']:
+    if not any(objects for *_, objects in splits['train'].values()):
         raise BadInput(f'no image of train has an annotation (--coco_root {args.coco_root})')
     return class_names['train'], splits
 
