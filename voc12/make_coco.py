@@ -20,8 +20,12 @@ import os
 import re
 import sys
 
-import cv2
 import numpy as np
+
+try:
+    from pycocotools import mask as coco_mask
+except ImportError:                 # needed for --masks alone
+    coco_mask = None
 
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -34,7 +38,6 @@ from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, stems
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MARKER = 'COCO.txt'                # tells a folder of ours from others
-FINE = 8                           # grid points per pixel side that polygons are drawn on; even: centres are on it
 
 
 def get_args_parser():
@@ -61,7 +64,7 @@ def decode_counts(text):
 
     A character is 48 plus 6 bits: the lower 5 belong to a number, least significant first, the top one says that the
     number goes on. Bit 4 of the last group is the sign. From index 3 on the number is the difference to the run
-    length two places before.
+    length two places before. (pycocotools does not notice a string that ends too early: its mask has arbitrary pixels.)
     """
     counts = []
     for number in re.findall('[P-o]*[0-O]', text):       # of 48..111, 'P' and above go on
@@ -99,20 +102,8 @@ def fill_runs(counts, h, w):
 
 def fill_polygons(polygons, h, w):
     """bool (h, w) union of polygons, float32 (n, 2) x, y; pixel (row, column) covers column..column + 1, row..row + 1.
-
-    A pixel is in where its centre is. cv2.fillPoly takes in the line around too, which would make every object half a
-    pixel wider on all sides; so it draws on a grid FINE times as fine, of which the centres are kept.
-    """
-    mask = np.zeros((h, w), bool)
-    points = np.concatenate(polygons)
-    left, top = np.clip(np.floor(points.min(axis=0)), 0, (w, h)).astype(int)
-    right, bottom = np.clip(np.ceil(points.max(axis=0)), 0, (w, h)).astype(int)
-    fine = np.zeros(((bottom - top) * FINE, (right - left) * FINE), np.uint8)
-    if fine.size:
-        for polygon in polygons:      # one by one: within a call, fillPoly leaves out what two polygons share
-            cv2.fillPoly(fine, [np.round((polygon - (left, top)) * FINE).astype(np.int32)], 1)
-        mask[top:bottom, left:right] = fine[FINE // 2::FINE, FINE // 2::FINE] > 0
-    return mask
+    The pixels are those of COCO's own tools."""
+    return coco_mask.decode(coco_mask.frPyObjects([polygon.ravel().tolist() for polygon in polygons], h, w)).any(axis=2)
 
 
 def paint_objects(h, w, objects):
@@ -245,6 +236,8 @@ def read_splits(args):
 def main(args):
     check_range(args, 0, 256, 'num_workers')
     check_out(args.out, MARKER)
+    if args.masks and coco_mask is None:
+        raise BadInput('--masks draws polygons with pycocotools, which is not installed: pip install pycocotools')
     class_names, splits = read_splits(args)
     pictures = {**splits['train'], **splits['val']}
     labels = {name: np.isin(range(1, len(class_names) + 1), [index for index, *_ in objects]).astype(np.float32)
