@@ -458,6 +458,14 @@ def test_several_classes_in_one_field_never_become_one_of_a_longer_name(header, 
     assert not (images.parent / 'root').exists()
 
 
+def test_names_that_share_a_word_are_refused_until_they_are_listed(images):
+    rows = ['a.jpg,polar bear', 'b.png,cat dog', 'c.JPG,cat bird']
+    with pytest.raises(BadInput, match='"cat dog" and "cat bird".*--class_names'):
+        make(images, rows)
+    (images.parent / 'names.txt').write_text('polar bear\ncat dog\ncat bird\n')
+    assert labels_of(make(images, rows, '--class_names', images.parent / 'names.txt'))['b'] == ['cat dog']
+
+
 def test_names_with_blanks_are_told(images, capsys):
     make(images, ROWS)
     assert '1 classes have a blank in their name: red fox' in capsys.readouterr().out

@@ -178,32 +178,31 @@ def is_one_hot(values, columns, wanted, source):
 
 
 def check_spelling(names, source):
-    """Raises BadInput for names (set of str) that are no names, several classes in one, values of another column, or
-    one class in two spellings: they can be meant, but then --class_names lists them. Prints those with blanks."""
-    cure = 'write ; or | between the classes of an image, or list the names as they are in --class_names'
-    words = {name: [word for word in re.split(r"[\s_.()'’-]+", name.casefold()) if word] for name in sorted(names)}
-    spelled = {' '.join(parts): name for name, parts in words.items()}
-    first, last = ({parts[end]: name for name, parts in words.items() if len(parts) > 1} for end in (0, -1))
-    by_lower_case = {}
-    for name, parts in words.items():
-        if re.fullmatch(r'[\W\d_]*(e[-+]?\d+)?', name.lower()):
+    """Raises BadInput for names (set of str) that look like numbers, several classes in one field, values of another
+    column, or one class in two spellings: where they are meant so, --class_names lists them. Prints names with blanks.
+    """
+    cure = 'write ; or | between the classes of an image, or list all names as they are in --class_names'
+    by_lower_case = {name.casefold(): name for name in sorted(names)}
+    by_word = {}
+    for name in sorted(names):
+        lower = name.casefold()
+        parts = re.split(r"[\s_.()'’-]+", lower)
+        if re.fullmatch(r'[\W\d_]*(e[-+]?\d+)?', lower):
             raise BadInput(f'{source} has the number {name} for a class: write names, or list the classes in '
                            '--class_names')
-        mark = next((char for char in name if unicodedata.category(char)[0] in 'PS' and char not in IN_NAMES), None)
-        if mark or {'and', 'or'} & set(parts):
-            raise BadInput(f'{source} has the class "{name}", which looks like several, or like no class: {cure}')
-        inner = {' '.join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
-        other = next((spelled[part] for part in sorted(inner & spelled.keys()) if spelled[part] != name
-                      and part != ' '.join(parts)), first.get(parts[-1]) if len(parts) > 1 else None)
-        if other and other != name:
-            raise BadInput(f'{source} has the class "{name}" and the class "{other}": {cure}')
-        if name.casefold() in SPLITS:
+        if by_lower_case[lower] != name:
+            raise BadInput(f'{source} has the classes "{name}" and "{by_lower_case[lower]}": write one as the other, or '
+                           'list both in --class_names')
+        if lower in SPLITS:
             raise BadInput(f'{source} has the class {name}, as in a column that splits the images: delete that column, '
                            'or write a header and --label_columns')
-        twin = by_lower_case.setdefault(name.casefold(), name)
-        if twin != name:
-            raise BadInput(f'{source} has the classes "{twin}" and "{name}": write one as the other, or list both in '
-                           '--class_names')
+        marks = [char for char in name if unicodedata.category(char)[0] in 'PS' and char not in IN_NAMES]
+        if marks or {'and', 'or'} & set(parts):
+            raise BadInput(f'{source} has the class "{name}", which looks like several, or like no class: {cure}')
+        others = ([by_lower_case[part] for part in parts if part in by_lower_case and part != lower]
+                  + [by_word[word] for word in lower.split() if by_word.setdefault(word, name) != name])
+        if others:
+            raise BadInput(f'{source} has the classes "{name}" and "{others[0]}", which share a word: {cure}')
     blanks = [name for name in sorted(names) if ' ' in name]
     if blanks:
         print(f'{len(blanks)} classes have a blank in their name: {join_first(blanks)}; if these are several classes, '
