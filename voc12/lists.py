@@ -23,7 +23,7 @@ LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 
 # what no foreground class is called: letters alone, in lower case
 NO_CLASS = re.compile('.*background.*|.*unlabel.*|bg|bkgd?|void|ignored?|ignoreregion|dontcare|none|null|noclass|'
-                      'nolabel')
+                      'nolabel|negatives?|nothing|noobjects?|nofindings?')
 # colours, or the marks of JSON and YAML
 OTHER_FORM = re.compile(r'#[\da-fA-F]{6}|\d+([\s,;]+)\d+\1\d+|^#|["\[\]{}]|:$')
 

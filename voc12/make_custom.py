@@ -246,6 +246,8 @@ def read_labels(args):
             names = re.split('[;|]', '|'.join(found))
             classes = {' '.join(name.split()) for name in names} - {''}         # as load_class_names reads them
         labels.setdefault(path, set()).update(classes)
+    if not any(labels.values()):
+        raise BadInput(f'{source}: no image shows a class')
     if not one_hot and not args.class_names:
         check_spelling(set().union(*labels.values()), source)
     return labels, columns if one_hot else []
