@@ -45,10 +45,9 @@ def check_list_exists(path, flag):
     if os.path.basename(os.path.dirname(os.path.abspath(path))) == 'voc12':
         elsewhere = os.path.abspath(path) != os.path.abspath(here)
         source = ' --sbd_root benchmark_RELEASE' if os.path.basename(path) == 'train_aug.txt' else ''
-        raise BadInput(f'no such list: {path} ({flag}); make it with: '
-                       + (f'cd {REPO_ROOT}; ' if elsewhere else '')
-                       + f'python voc12/make_lists.py --voc12_root VOC2012{source}'
-                       + (', and start this command there too' if elsewhere else ''))
+        there = f' in {REPO_ROOT}, where this command is to be started too' if elsewhere else ''
+        raise BadInput(f'no such list: {path} ({flag}); make it{there} with: '
+                       f'python voc12/make_lists.py --voc12_root VOC2012{source}')
 
 
 def load_img_name_list(path, flag='--train_list or --infer_list'):

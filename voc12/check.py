@@ -21,8 +21,8 @@ from tool.files import describe
 from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
-from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, count_classes, describe_unknown, join_first,
-                         get_img_path, load_class_names, load_img_name_list, read_labels)
+from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, absent_classes, common_classes, describe_unknown,
+                         join_first, get_img_path, load_class_names, load_img_name_list, read_labels)
 from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
@@ -160,10 +160,10 @@ def label_lines(names, labels, unusable, source, key, class_names):
              judge(level if key else NOTE, 'images without any class',
                    [(name, '') for name in labels if not labels[name].any()], 'nothing of --class_names is in them')]
     if labels and not key:              # of VOC's own lists all is known
-        unused, everywhere = count_classes(labels, class_names)
-        lines += [judge(NOTE, 'classes of --class_names that no image of the list has', [(c, '') for c in unused],
-                        'nothing is learned about them'),
-                  judge(NOTE, 'classes that every image of the list has', [(c, '') for c in everywhere],
+        lines += [judge(NOTE, 'classes of --class_names that no image of the list has',
+                        [(c, '') for c in absent_classes(labels, class_names)], 'nothing is learned about them'),
+                  judge(NOTE, 'classes that every image of the list has',
+                        [(c, '') for c in common_classes(labels, class_names)],
                         'nothing is to be told apart: add images without them')]
     if key and not unusable:
         verdict = compare_labels(names, labels)

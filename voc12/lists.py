@@ -100,13 +100,6 @@ def check_images(names, list_path, voc12_root):
             raise BadInput(f'{what} (--voc12_root); it is image {name} of {list_path}')
 
 
-def count_classes(labels, class_names):
-    """(unused, everywhere): the names of the classes that no image has, and of those that every image has.
-    labels: dict name -> (C,) multi-hot, not empty."""
-    counts = np.sum(list(labels.values()), axis=0)
-    return tuple([name for name, count in zip(class_names, counts) if count == most] for most in (0, len(labels)))
-
-
 class XmlBuilder(ElementTree.TreeBuilder):
     """Refuses a DOCTYPE, which can define entities that expand without end. No file of VOC has one."""
 
@@ -175,6 +168,18 @@ def read_labels(names, cls_labels, voc12_root, class_names):
         except (ValueError, OverflowError) as error:            # BadInput is a ValueError
             unusable[name] = error
     return labels, unusable, unknown, source
+
+
+def absent_classes(labels, class_names):
+    """Names of the classes that no image has. labels: dict name -> (C,) multi-hot, not empty."""
+    present = np.any(list(labels.values()), axis=0)
+    return [name for name, is_there in zip(class_names, present) if not is_there]
+
+
+def common_classes(labels, class_names):
+    """Names of the classes that every image has. labels: dict name -> (C,) multi-hot, not empty."""
+    common = np.all(list(labels.values()), axis=0)
+    return [name for name, is_there in zip(class_names, common) if is_there]
 
 
 def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST, negatives=False):

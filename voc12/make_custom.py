@@ -35,7 +35,7 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_root
-from voc12.lists import (GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, count_classes, join_first,
+from voc12.lists import (GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, common_classes, join_first,
                          load_class_names, read_lines)
 
 MARKER = 'CUSTOM.txt'              # tells a folder of ours from others
@@ -337,10 +337,10 @@ def main(args):
         print(f'{name:24}{counts[0]:8}{len(train) - counts[0]:9}{counts[1]:8}{len(val) - counts[1]:9}')
     for what, names_of in (('all', labels), ('with a mask', masks)):
         print(f'{what:24}' + f'{"":9}'.join(f'{len(names_of.keys() & set(images)):8}' for images in (train, val)))
-    everywhere = count_classes({name: labels[name] for name in train}, class_names)[1]
-    if everywhere:
-        print(f'warning: every image of train.txt shows {", ".join(everywhere)}, so nothing is to be told apart: add '
-              'images without it, with an empty field for their classes (sky.jpg,)')
+    common = common_classes({name: labels[name] for name in train}, class_names)
+    if common:
+        print(f'warning: every image of train.txt shows {", ".join(common)}, so nothing is to be told apart: add images '
+              'without it, with an empty field for their classes (sky.jpg,)')
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])
