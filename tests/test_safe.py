@@ -293,7 +293,7 @@ def test_names_of_any_script_and_both_forms_are_read(file):
 
 def test_list_of_no_text_or_too_much_is_refused(file, monkeypatch):
     refused(load_img_name_list, file('l.txt', b'\xff\xfe\0a'), 'text file')
-    monkeypatch.setattr('tool.lists.MAX_TEXT', 10)
+    monkeypatch.setattr('tool.image_lists.MAX_TEXT', 10)
     refused(load_img_name_list, file('l.txt', b'x' * 11), 'larger than')
 
 

@@ -8,7 +8,7 @@ import pytest
 import infer_SEAM
 import train_aff
 import train_SEAM
-from tool import lists, tables
+from tool import image_lists, tables
 from tool.cli import BadInput
 
 
@@ -82,7 +82,7 @@ def test_what_the_random_walk_is_made_from(commands, tmp_path):
     assert train_aff[train_aff.index('--ha_crf_dir') + 1] == f'{out}/crf_24.0'
     assert cam[cam.index('--out_cam') + 1] == walk[walk.index('--cam_dir') + 1] == crf[crf.index('--cam_dir') + 1]
     others = other_cam[other_cam.index('--infer_list') + 1]
-    assert lists.load_img_name_list(others) == ['c'] and others in other_crf
+    assert image_lists.load_img_name_list(others) == ['c'] and others in other_crf
 
 
 def test_affinitynet_can_have_a_list_of_its_own(commands, tmp_path):

@@ -18,7 +18,7 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 from tool import image_files, score_files
 from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
 from tool.files import atomic_write
-from tool.lists import read_lines
+from tool.image_lists import read_lines
 
 
 def write_text(path, text):

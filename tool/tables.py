@@ -27,7 +27,7 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 
 from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, make_dir
 from tool.files import file_digest
-from tool.lists import load_img_name_list
+from tool.image_lists import load_img_name_list
 from tool.outputs import SETTINGS, read_settings
 from tool.report import read_csv, write_csv, write_text
 

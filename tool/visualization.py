@@ -20,7 +20,7 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 from tool import image_files, imutils, score_files
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.files import atomic_write, describe
-from tool.lists import get_img_path, load_img_name_list
+from tool.image_lists import get_img_path, load_img_name_list
 
 MAX_SIDE = 65500        # pixels of a JPEG file
 MAX_CELL = 1030         # pixels of a picture that a run makes by the way

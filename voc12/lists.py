@@ -1,4 +1,4 @@
-"""Class names, image lists and image-level labels, by default those of PASCAL VOC 2012. Needs no torch."""
+"""Class names and image-level labels, by default those of PASCAL VOC 2012, and its lists. Needs no torch."""
 import collections
 import os
 import re
@@ -9,7 +9,7 @@ import numpy as np
 from tool.cli import BadInput, check_dir, dead_link
 from tool.files import describe
 from tool.image_files import IGNORE
-from tool.lists import IMG_FOLDER, get_img_path, load_img_name_list, read_lines     # noqa: F401: for others, too
+from tool.image_lists import IMG_FOLDER, get_img_path, load_img_name_list, read_lines     # noqa: F401: for others, too
 from tool.unpickle import load_dict
 
 CAT_LIST = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
