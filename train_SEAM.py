@@ -1,7 +1,6 @@
 """Step 1: trains ResNet38 with SEAM on image-level labels. See the README."""
 import argparse
 import functools
-import itertools
 import math
 
 import numpy as np
@@ -17,12 +16,13 @@ from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, get_rank, mean_over_ranks, parallel
 from tool.metrics import ClassificationMeter
 from tool.pyutils import AverageMeter, Timer
-from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches
+from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, list_batches,
+                             read_batches)
 from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, digest_inputs, open_log, outlive_sigterm,
                            report_progress, resume, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
-from voc12.lists import load_class_names
+from voc12.lists import absent_classes, join_first, load_class_names
 
 # ----- the objective -----
 
@@ -266,6 +266,7 @@ def warn_of_poor_training(log, means, chance):
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
+    rank, _ = get_rank()
     device = set_up(args, one_gpu=args.train_bn)
 
     # ----- data -----
@@ -304,21 +305,28 @@ def main(args):
         resume(*state)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
-    log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
-    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
-                        num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
+    log = open_log(args, device, describe_list(dataset.img_name_list, class_names), optimizer.global_step)
+    absent = absent_classes(dataset.labels, class_names)
+    if absent and args.class_names:
+        log(f'warning: {len(absent)} of {len(class_names)} classes of {args.class_names} (--class_names) are in no image '
+            f'of {args.train_list} (--train_list), so they cannot be learned: {join_first(absent, 20)}')
+    make_loader = functools.partial(
+        DataLoader, SeededDataset(dataset, args.seed), collate_fn=collate, num_workers=args.num_workers,
+        pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
+    loader = make_loader(batch_sampler=batches)
     if from_scratch:
         log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
             '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')
-        calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(read_batches(loader), 10)))
+        first = StepBatches(len(dataset), args.batch_size, 0, min(10, max_step), args.seed, share=False)
+        calibrate_batch_norm(net, (img.to(device) for _, img, _ in read_batches(make_loader(batch_sampler=first))))
     if args.fit_classifier and not args.resume:
         log('fitting the classifier ...')
-        fit_classifier(net, ((img.to(device), label.to(device)) for _, img, label in
-                             itertools.islice(read_batches(loader), batches.epoch_steps)))
+        whole_list = make_loader(batch_sampler=list_batches(len(dataset), args.batch_size))
+        fit_classifier(net, ((img.to(device), label.to(device)) for _, img, label in read_batches(whole_list)))
     model = parallel(net.train(), device)
 
     # ----- training -----
-    writer = visualization.open_writer(args.tblog_dir, log) if get_rank()[0] == 0 else None
+    writer = visualization.open_writer(args.tblog_dir, args.session_name, batches.start, log) if rank == 0 else None
     meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
 
     for step, names, img, label in training_steps(loader, meter, log, *state):
@@ -330,14 +338,14 @@ def main(args):
             quality.add(cam.detach()[:, 1:].mean(dim=(2, 3)), label_part)
         scaler.step(optimizer)
         scaler.update()
-        if step % args.log_every == 0:
+        if step % args.log_every == 0 or step == batches.max_step - 1:
             means = mean_over_ranks(meter.pop())
             means['mAP'], chance = quality.pop()
             report_progress(log, timer, batches, optimizer, step, means)
             if step + 1 >= max_step / 4:
                 warn_of_poor_training(log, means, chance)
-        if writer and step % args.log_every == 0:
-            visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
+            if writer:
+                visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
 
     save_weights(net, args.session_name + '.pth')
     if args.classifier_only:      # what all training scripts take as --weights, in place of ImageNet's

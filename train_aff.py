@@ -1,6 +1,6 @@
 """Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
 import argparse
-import itertools
+import functools
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, d
 from voc12.canonical import describe_list
 from voc12.data import VOC12AffDataset
 from voc12.lists import load_class_names
+from voc12.masks import find_labels
 
 # ----- the objective -----
 
@@ -136,12 +137,19 @@ def main(args):
         resume(*state)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
-    log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
-    loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
-                        num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
+    log = open_log(args, device, describe_list(dataset.img_name_list, class_names), optimizer.global_step)
+    if len(find_labels(dataset.sample_labels())) < 2:
+        log(f'warning: the images looked at have fewer than two labels, so there is nothing to learn: objects are what '
+            f'{args.la_crf_dir} (--la_crf_dir) calls objects, and background is what {args.ha_crf_dir} (--ha_crf_dir) '
+            'calls background; choose other exponents (--crf_alpha of infer_SEAM.py)')
+    make_loader = functools.partial(
+        DataLoader, SeededDataset(dataset, args.seed), collate_fn=collate, num_workers=args.num_workers,
+        pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
+    loader = make_loader(batch_sampler=batches)
     if from_scratch:
         log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
-        calibrate_batch_norm(net, (img.to(device) for _, img, _ in itertools.islice(read_batches(loader), 10)))
+        first = StepBatches(len(dataset), args.batch_size, 0, min(10, max_step), args.seed, share=False)
+        calibrate_batch_norm(net, (img.to(device) for _, img, _ in read_batches(make_loader(batch_sampler=first))))
     model = parallel(net.train(), device)
 
     # ----- training -----
@@ -160,7 +168,7 @@ def main(args):
         scaler.step(optimizer)
         scaler.update()
         meter.add(dict(zip(('bg_cnt', 'fg_cnt', 'neg_cnt'), counts)), step, names)
-        if step % args.log_every == 0:
+        if step % args.log_every == 0 or step == batches.max_step - 1:
             report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()))
 
     save_weights(net, args.session_name + '.pth')

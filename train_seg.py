@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from network.weights import load_weights
-from tool import imutils
+from tool import image_files, imutils
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.image_files import IGNORE
@@ -18,6 +18,7 @@ from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, d
 from voc12.canonical import describe_list
 from voc12.data import VOC12SegDataset
 from voc12.lists import load_class_names
+from voc12.masks import find_labels
 
 # ----- the objective -----
 
@@ -140,9 +141,15 @@ def main(args):
         resume(*state)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, args.max_iters, args.seed)
-    log = open_log(args, device, describe_list(dataset.img_name_list, class_names))
+    log = open_log(args, device, describe_list(dataset.img_name_list, class_names), optimizer.global_step)
     if from_scratch:
         log('no --weights: starts from random weights')
+    labels = find_labels(image_files.read_label_map(dataset.label_path(name), '--label_dir')
+                         for name in dataset.img_name_list)
+    if len(labels) < 2:
+        log(f'warning: the label maps in {args.label_dir} (--label_dir) have no values but '
+            f'{" and ".join(map(str, [*labels, IGNORE]))}, so there is nothing to learn: 0 is the background, {IGNORE} is '
+            f'ignored, and objects are 1 to {len(class_names)}, the classes of --class_names')
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if args.sync_bn:
@@ -163,7 +170,7 @@ def main(args):
             meter.add({'loss': terms['loss'].detach()}, step, names)
         scaler.step(optimizer)
         scaler.update()
-        if step % args.log_every == 0:
+        if step % args.log_every == 0 or step == batches.max_step - 1:
             report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()))
 
     save_weights(net, args.session_name + '.pth')

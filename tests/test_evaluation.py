@@ -251,7 +251,7 @@ def test_a_strip_too_wide_for_jpeg_is_made_smaller(tmp_path):
 class Writer:
     """In place of TensorBoard's, whose log lies in a folder that cannot be written, or on a disk that becomes full."""
 
-    def __init__(self, folder=None):
+    def __init__(self, folder=None, purge_step=None):
         if folder:
             raise PermissionError(13, 'Permission denied')
 
@@ -262,8 +262,8 @@ class Writer:
 def test_a_tensorboard_log_that_cannot_be_written_is_one_notice(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', types.SimpleNamespace(SummaryWriter=Writer))
     log = []
-    assert visualization.open_writer('tb', log.append) is None
-    assert log == ['warning: no TensorBoard log in tb (--tblog_dir): Permission denied']
+    assert visualization.open_writer('tb', 'runs/x', 0, log.append) is None
+    assert log == [f'warning: no TensorBoard log in {os.path.join("tb", "runs", "x")} (--tblog_dir): Permission denied']
     visualization.write_cams(Writer(), 0, {'loss': 1.}, torch.zeros(3, 2, 2), torch.ones(1), *torch.zeros(2, 2, 2, 2))
     out = capsys.readouterr().out
     assert out.startswith('warning: ') and 'No space left' in out and out.count('\n') == 1

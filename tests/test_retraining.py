@@ -179,8 +179,7 @@ def test_start_from_weights_of_the_backbone_or_of_another_network(data, tmp_path
 # ----- bad input -----
 
 @pytest.mark.parametrize('change, words', [
-    (lambda label: label * 0 + 255, ('255', 'every pixel')), (lambda label: label * 0 + 21, ('label 21', '20 classes')),
-    (lambda label: label[:-5], ('its image',))])
+    (lambda label: label * 0 + 21, ('label 21', '20 classes')), (lambda label: label[:-5], ('its image',))])
 def test_label_map_that_cannot_be_trained_on(data, tmp_path, change, words):
     shutil.copytree(data / TRUTH, tmp_path / 'labels')
     name = names_of(data)[3]

@@ -189,12 +189,12 @@ def checkpoint(tmp_path, monkeypatch):
         return Namespace(session_name=str(tmp_path / 'x'), resume=True, **others)
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
-        training.save_checkpoint(*parts, flags(lr=0.1, train_list='old.txt'), {'train_list': 'abc'})
+        training.save_checkpoint(*parts, flags(lr=0.1, train_list='old.txt'), {'train_list': 'abc', 'images': ['a', 'b', 'c']})
 
-    def resume(lr, train_list, digest):
+    def resume(lr, train_list, digest, images=('a', 'b', 'x')):
         fresh = torch.nn.Linear(2, 1)
         again = torchutils.PolyOptimizer(fresh.parameters(), 0.1, 0, 10, momentum=0.9)
-        training.resume(fresh, again, parts[2], flags(lr=lr, train_list=train_list), {'train_list': digest})
+        training.resume(fresh, again, parts[2], flags(lr=lr, train_list=train_list), {'train_list': digest, 'images': list(images)})
         assert torch.equal(fresh.weight, net.weight) and again.global_step == 1
     return path, resume
 
@@ -356,12 +356,13 @@ def test_batches_are_permutations_shared_by_the_ranks(monkeypatch):
 
 
 def test_record_of_every_print_step(data, plain):
-    record, = [json.loads(line) for line in (data / 'plain_train_SEAM.jsonl').read_text().splitlines()]
+    record, last = [json.loads(line) for line in (data / 'plain_train_SEAM.jsonl').read_text().splitlines()]
+    assert last['step'] == 5
     assert record['step'] == 0 and record['epoch'] == 0 and record['lr'] == 0.01 and record['memory_gib'] > 0
     assert {'loss', 'loss_cls1', 'loss_er', 'loss_ecr2', 'mAP', 'images_per_second'} <= set(record)
     head = (data / 'plain_train_SEAM.log').read_text().splitlines()
     assert 'lr=0.01' in head[0] and f'torch {torch.__version__}' in head[1] and 'revision' in head[1]
-    assert re.match(r'Iter: +0/ +6 loss:(\d\.\d{4} ?){4}imps:[\d.]+ Fin:.* lr: 0\.0100 mAP: [\d.]+$', head[-2])
+    assert re.match(r'Iter: +0/ +6 loss:(\d\.\d{4} ?){4}imps:[\d.]+ Fin:.* lr: 0\.0100 mAP: [\d.]+$', head[-3])
 
 
 def test_loss_that_is_not_finite_names_step_and_images(data):

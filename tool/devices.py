@@ -86,7 +86,7 @@ def parallel(net, device):
     """net, wrapped so that batches spread over the ranks of torchrun, or for `--device cuda` over all visible GPUs."""
     if get_rank()[1] > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        for buffer in net.buffers():        # batch norm that each rank may have calibrated on images of its own
+        for buffer in net.buffers():        # calibrated batch norm, whose last digits may differ between machines
             dist.broadcast(buffer, 0)
         wrapper = torch.nn.parallel.DistributedDataParallel
         # buffers written between the two passes of a step would spoil the first one's gradient

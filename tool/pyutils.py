@@ -1,4 +1,5 @@
 """Meters, timer, logger. Needs no torch."""
+import errno
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import time
 from tqdm import tqdm
 
 from tool.cli import BadInput, NotFinite, make_dir
+from tool.files import atomic_write
 
 
 class AverageMeter:
@@ -54,16 +56,22 @@ class Timer:
 
 class Logger:
     """Prints lines and adds them to <session_name>.log; records go to <session_name>.jsonl. Creates their folder.
-    Where the disk is full, one line says so, and the run goes on. quiet: does nothing, for ranks but the first."""
+    Where the disk is full, one line says so, and the run goes on.
 
-    def __init__(self, session_name, append=False, quiet=False):
+    step: a resumed run adds to the files of before, from this step on; records of later steps, which a killed run left
+    behind its last checkpoint, are taken out. None begins both files anew. quiet: does nothing, for ranks but the first.
+    """
+
+    def __init__(self, session_name, step=None, quiet=False):
         self._session, self._quiet, self._full, self._told = session_name, quiet, False, set()
         if quiet:
             return
         make_dir(os.path.dirname(session_name) or '.', '--session_name')
         try:
             for end in ('.log', '.jsonl'):
-                open(session_name + end, 'a' if append else 'w', encoding='utf-8').close()
+                open(session_name + end, 'w' if step is None else 'a', encoding='utf-8').close()
+            if step is not None:
+                _cut_records(session_name + '.jsonl', step)
         except OSError as error:
             raise BadInput(f'cannot write {error.filename} (--session_name): {error.strerror}') from error
 
@@ -80,8 +88,12 @@ class Logger:
 
     def __call__(self, line):
         if not self._quiet:
-            tqdm.write(line)        # goes to stdout, and leaves a progress bar whole
             self._write('.log', line)
+            try:
+                tqdm.write(line)        # goes to stdout, and leaves a progress bar whole
+            except OSError as error:
+                if error.errno != errno.EIO:        # the terminal is closed; its training still has to save
+                    raise
 
     def warn_once(self, kind, line):
         """A warning that is told the first time that its kind turns up."""
@@ -93,3 +105,18 @@ class Logger:
         """One line of JSON: dict name -> number or text."""
         if not self._quiet:
             self._write('.jsonl', json.dumps(values))
+
+
+def _cut_records(path, step):
+    """Takes the records of `step` and later, and lines that are no records, out of a .jsonl file."""
+    def is_before(line):
+        try:
+            return json.loads(line)['step'] < step
+        except (ValueError, LookupError, TypeError):        # the kill came while the line was written
+            return False
+    with open(path, encoding='utf-8', errors='backslashreplace') as file:
+        lines = file.readlines()
+    kept = [line for line in lines if is_before(line)]
+    if kept != lines:
+        with atomic_write(path) as file:
+            file.write(''.join(kept).encode())

@@ -82,18 +82,19 @@ class StepBatches(Sampler):
     """The batches of a training run from update number `start` to `max_step`: lists of (epoch, index).
 
     Every epoch of `epoch_steps` batches is a permutation of its own; the images left over by whole batches wait for the
-    next. Of each batch, rank r of `ranks` takes every ranks-th image.
+    next. Of each batch, rank r of `ranks` takes every ranks-th image; with share=False every rank takes all of it.
     """
 
-    def __init__(self, size, batch_size, start, max_step, seed):
+    def __init__(self, size, batch_size, start, max_step, seed, share=True):
         self.size, self.batch_size, self.start, self.max_step, self.seed = size, batch_size, start, max_step, seed
+        self.share = share
         self.epoch_steps = size // batch_size
 
     def __len__(self):
         return self.max_step - self.start
 
     def __iter__(self):
-        rank, ranks = get_rank()
+        rank, ranks = get_rank() if self.share else (0, 1)
         order_of = None
         for step in range(self.start, self.max_step):
             epoch, place = divmod(step, self.epoch_steps)
@@ -101,6 +102,12 @@ class StepBatches(Sampler):
                 order_of, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.size)
             batch = order[place * self.batch_size:(place + 1) * self.batch_size]
             yield [(epoch, int(index)) for index in batch[rank::ranks]]
+
+
+def list_batches(size, batch_size):
+    """Batches for a SeededDataset in which every item comes exactly once, in the order of the list and as augmented in
+    epoch 0; the last batch may be smaller. The same on every rank."""
+    return [[(0, index) for index in range(start, min(start + batch_size, size))] for start in range(0, size, batch_size)]
 
 
 class SkipBad:

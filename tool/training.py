@@ -59,11 +59,20 @@ def set_up(args, one_gpu=False):
     return device
 
 
-def open_log(args, device, description):
-    """The Logger of a run, with its arguments, versions, device, and a description of its list written down."""
-    log = Logger(args.session_name, append=args.resume, quiet=get_rank()[0] > 0)
+def open_log(args, device, description, step):
+    """The Logger of a run, with its arguments, versions, device, and a description of its list written down. A new run
+    says which files of an earlier one it replaces. step: the number of the first update, from 0."""
+    found = [args.session_name + end for end in ('.pth', '_last.pth', '.log', '.jsonl')
+             if os.path.isfile(args.session_name + end)]
+    log = Logger(args.session_name, step if args.resume else None, quiet=get_rank()[0] > 0)
     for line in (*describe_run(args, device), f'{args.train_list}: {description}'):
         log(line)
+    if args.resume:
+        log(f'resumed after {step} steps')
+    elif found:
+        last = args.session_name + '_last.pth'
+        advice = f'--resume would go on from {last}' if last in found else 'another --session_name would keep them'
+        log(f'warning: this run replaces {", ".join(found)} of an earlier run (--session_name); {advice}')
     return log
 
 
@@ -74,7 +83,8 @@ def training_steps(loader, meter, log, net, optimizer, scaler, args, inputs):
     with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
 
     loader: of StepBatches. After every epoch and every --save_every steps, the first rank saves a checkpoint. So too
-    when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an unreadable image.
+    when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an unreadable image, which
+    the user may repair or take out of the list, see `resume`.
     """
     rank, _ = get_rank()
     epoch_steps = loader.batch_sampler.epoch_steps
@@ -99,7 +109,8 @@ def training_steps(loader, meter, log, net, optimizer, scaler, args, inputs):
     except BadInput:            # on any rank: all have the same weights
         meter.check()
         save_checkpoint(net, optimizer, scaler, args, inputs)
-        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on')
+        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on, also with a list from '
+            'which images were taken out')
         raise
     if dist.is_initialized():       # all ranks come to their end together
         dist.destroy_process_group()
@@ -160,11 +171,19 @@ def save_weights(net, path, leave_out=()):
         _save({name: tensor for name, tensor in net.state_dict().items() if name not in leave_out}, path)
 
 
-def digest_inputs(**inputs):
-    """For each flag, eight bytes (hex) that follow from what was read (lists, dicts, arrays), wherever it lies."""
-    texts = {flag: json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
-             for flag, value in inputs.items()}
-    return {flag: hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for flag, text in texts.items()}
+def digest(value):
+    """Eight bytes (hex) that follow from a value of lists, dicts, arrays, text and numbers."""
+    text = json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def digest_inputs(train_list, **others):
+    """What tells the inputs of a training from others, wherever they lie: for each flag the `digest` of what was read,
+    and as `images` that of the name and label of each image, by which `resume` knows images taken out of the list.
+    train_list: the names; cls_labels, where labels are read: dict name -> label."""
+    labels = others.get('cls_labels', {})
+    images = [digest([name, labels.get(name)]) for name in train_list]
+    return {'images': images, **{flag: digest(value) for flag, value in {'train_list': train_list, **others}.items()}}
 
 
 def save_checkpoint(net, optimizer, scaler, args, inputs):
@@ -181,7 +200,8 @@ def save_checkpoint(net, optimizer, scaler, args, inputs):
 
 def resume(net, optimizer, scaler, args, inputs):
     """Restores what `save_checkpoint` wrote. Raises BadInput for another file, and for flags that contradict it: other
-    values, and of files other contents, wherever they lie."""
+    values, and of files other contents, wherever they lie. Images may have been taken out of the list, as a user does
+    with one that cannot be read."""
     path = args.session_name + '_last.pth' if args.resume is True else args.resume
     check_file(path, '--resume')
     try:
@@ -189,10 +209,14 @@ def resume(net, optimizer, scaler, args, inputs):
         if 'optimizer' not in checkpoint:
             raise ValueError('it has no state of the optimizer; weights alone go to --weights')
         before, read_before = checkpoint['args'], checkpoint.get('inputs', {})      # without these, paths are compared
+        images, images_before = inputs['images'], read_before.get('images', [])
+        rest = iter(images_before)
+        fewer = images_before and all(image in rest for image in images)        # all of them, in the same order
+        free = ('images', 'train_list', 'cls_labels') if fewer else ('images',)
         differ = [f'--{key} was {before[key]}' for key in vars(args) if key in before and key not in FREE_ON_RESUME
                   and key not in read_before and before[key] != getattr(args, key)]
         differ += [f'--{key} {getattr(args, key)} has other contents than {before[key]} had' for key in inputs
-                   if key in read_before and read_before[key] != inputs[key]]
+                   if key in read_before and read_before[key] != inputs[key] and key not in free]
         if not differ:
             net.load_state_dict(checkpoint['model'])
             optimizer.load_state_dict(checkpoint['optimizer'])
@@ -204,13 +228,20 @@ def resume(net, optimizer, scaler, args, inputs):
         raise BadInput(f'{path} (--resume) is no checkpoint of this training: {describe(error)}') from error
     if differ:
         raise BadInput(f'{path} (--resume) was made with other flags: {"; ".join(differ)}')
+    if fewer and len(images) < len(images_before) and get_rank()[0] == 0:
+        print(f'{args.train_list} (--train_list) has {len(images)} of the {len(images_before)} images that {path} '
+              '(--resume) was made with; the training goes on with these')
 
 
 # ----- signals -----
 
+HANG_UP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []      # of a terminal that is closed; not on Windows
+
+
 def outlive_sigterm(_):
     """`worker_init_fn` of the loaders: where a whole process group is signalled, the workers outlive the last step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, *HANG_UP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
@@ -223,12 +254,14 @@ def _kill_workers():
 
 
 class StopOnSignal:
-    """Inside the block, SIGTERM and the first Ctrl-C only make a note, so that the step can end; a second Ctrl-C
-    interrupts at once."""
+    """Inside the block, SIGTERM, SIGHUP and the first Ctrl-C only make a note, so that the step can end; a second Ctrl-C
+    interrupts at once. A SIGHUP that is ignored stays so: `nohup` means that the training goes on."""
 
     def __enter__(self):
         self.number = 0
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        hang_up = [number for number in HANG_UP if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note)
+                        for number in (signal.SIGTERM, signal.SIGINT, *hang_up)}
         return self
 
     def _note(self, number, frame):

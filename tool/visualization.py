@@ -99,15 +99,21 @@ def draw_curve(path, background_scores, miou, title):
 
 # ----- TensorBoard -----
 
-def open_writer(tblog_dir, log):
-    """A TensorBoard writer, or None and a notice: a log that cannot be written must not end a training."""
+def open_writer(tblog_dir, session_name, step, log):
+    """A TensorBoard writer, or None and a notice: a log that cannot be written must not end a training.
+
+    Every session has a folder of its own in `tblog_dir`, TensorBoard's run. step: of the first update, from 0; what
+    earlier runs of the session wrote for this step and later ones is no longer shown.
+    """
+    parts = os.path.normpath(os.path.splitdrive(session_name)[1]).split(os.sep)
+    folder = os.path.join(tblog_dir, *(part for part in parts if part not in ('', os.pardir)))
     try:
         from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(tblog_dir)
+        return SummaryWriter(folder, purge_step=step)
     except ImportError:
         log('no TensorBoard log: pip install tensorboard to get one in --tblog_dir')
     except Exception as error:          # of the folder, of a damaged installation
-        log(f'warning: no TensorBoard log in {tblog_dir} (--tblog_dir): {describe(error)}')
+        log(f'warning: no TensorBoard log in {folder} (--tblog_dir): {describe(error)}')
     return None
 
 

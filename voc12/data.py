@@ -120,13 +120,23 @@ class VOC12AffDataset(VOC12ImageDataset):
         for flag, folder in self.label_dirs.items():
             score_files.check_scores(folder, self.img_name_list, flag)
 
-    def __getitem__(self, idx):
-        name, img = super().__getitem__(idx)
-        low, high = (score_files.load_fitting(folder, name, flag, 'crf', img.size[::-1], self.num_classes)
+    def read_scores(self, name, size):
+        """(H, W, 2K) scores of an image of that size, see `fuse_crf_labels`. Raises BadInput."""
+        low, high = (score_files.load_fitting(folder, name, flag, 'crf', size, self.num_classes)
                      for flag, folder in self.label_dirs.items())
         if list(low) != list(high):
             raise BadInput(f'{name}.npy has the labels {list(low)} in --la_crf_dir, {list(high)} in --ha_crf_dir')
-        label = np.stack([*low.values(), *high.values()], axis=-1)             # (H, W, 2K)
+        return np.stack([*low.values(), *high.values()], axis=-1)
+
+    def sample_labels(self, most=24):
+        """Yields the label maps (positions in the score dict) of some images of the list, without augmentation."""
+        for idx in np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)):
+            name, img = super().__getitem__(idx)
+            yield fuse_crf_labels(self.read_scores(name, img.size[::-1])[::STRIDE, ::STRIDE])
+
+    def __getitem__(self, idx):
+        name, img = super().__getitem__(idx)
+        label = self.read_scores(name, img.size[::-1])
         for joint_transform, img_transform, label_transform in self.transforms:
             if joint_transform:
                 both = joint_transform(np.concatenate([img, label], axis=-1))
@@ -152,14 +162,12 @@ class VOC12SegDataset(VOC12ImageDataset):
         return os.path.join(self.label_dir, name + '.png')
 
     def read_label(self, name, size):
-        """uint8 (H, W) of an image of that size. Raises BadInput for what cannot be trained on."""
+        """uint8 (H, W) of an image of that size, perhaps 255 at every pixel, as infer_aff.py --ignore_below writes where
+        it is sure of nothing. Raises BadInput for what cannot be trained on."""
         path = self.label_path(name)
         label = image_files.read_label_map(path, '--label_dir')
         if label.shape != size:
             raise BadInput(f'{path} (--label_dir) is {label.shape[0]}x{label.shape[1]}, its image {size[0]}x{size[1]}')
-        if (label == IGNORE).all():
-            raise BadInput(f'{path} (--label_dir) is {IGNORE}, ignored, at every pixel: take the image out of the list '
-                           '(--train_list)')
         wrong = wrong_values(label, self.num_classes)
         if wrong:
             raise BadInput(f'{path} (--label_dir) has the label {min(wrong)}, more than the {self.num_classes} classes '

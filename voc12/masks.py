@@ -28,6 +28,17 @@ def wrong_values(labels, num_classes):
     return {value: int(pixels[value]) for value in range(num_classes + 1, IGNORE) if pixels[value]}
 
 
+def find_labels(maps, most=2):
+    """Set of the labels besides 255 in label maps, uint8 (H, W), which are looked at in turn until `most` labels are
+    found. From maps with fewer than two there is nothing to learn."""
+    found = set()
+    for labels in maps:
+        found.update(np.flatnonzero(np.bincount(labels.ravel(), minlength=256)[:IGNORE]).tolist())
+        if len(found) >= most:
+            break
+    return found
+
+
 def ground_truth_warnings(gt_dir, names, class_names):
     """Warning lines about masks that are not VOC's official files; empty where all is well, or the classes are others.
 
