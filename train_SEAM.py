@@ -13,13 +13,13 @@ from network.seam import pseudo_label
 from network.weights import load_weights
 from tool import imutils, visualization
 from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
-from tool.devices import autocast, get_rank, mean_over_ranks, parallel
+from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel
 from tool.metrics import ClassificationMeter
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, list_batches,
                              read_batches)
-from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, digest_inputs, open_log, outlive_sigterm,
-                           report_progress, resume, save_weights, set_up, training_steps)
+from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_training_args, digest_inputs, open_log,
+                           outlive_sigterm, report_progress, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import absent_classes, join_first, load_class_names
@@ -142,34 +142,33 @@ def fit_classifier(net, batches, decay=1e-2):
     net.fc8.weight[1:] = weight.detach()[:, :, None, None]
 
 
-def draw_view(img, args):
-    """What makes the second view of images (N, 3, H, W) in this step: (view, inside), as `seam_loss` takes them."""
+def draw_view(img, transform=('rescale',), scale_factor=0.3, max_rotation=20., max_translation=15.):
+    """What makes the second view of images (N, 3, H, W) in this step: (view, inside), as `seam_loss` takes them.
+    transform: the choices of `--transform`; each of the others acts with its own choice alone."""
     theta = inside = None
-    if {'rotation', 'translation'} & set(args.transform):
-        max_rotation = args.max_rotation if 'rotation' in args.transform else 0
-        max_translation = args.max_translation if 'translation' in args.transform else 0
-        theta = draw_theta(len(img), *img.shape[2:], max_rotation, max_translation).to(img.device)
-    view = functools.partial(second_view, scale_factor=args.scale_factor if 'rescale' in args.transform else 1,
-                             mirror='flip' in args.transform, theta=theta)
+    if {'rotation', 'translation'} & set(transform):
+        theta = draw_theta(len(img), *img.shape[2:], max_rotation if 'rotation' in transform else 0,
+                           max_translation if 'translation' in transform else 0).to(img.device)
+    view = functools.partial(second_view, scale_factor=scale_factor if 'rescale' in transform else 1,
+                             mirror='flip' in transform, theta=theta)
     if theta is not None:
         inside = view(torch.ones_like(img[:, :1])) > 0.999
     return view, inside
 
 
-def forward_losses(model, img, label, args):
-    """One or two views of images (N, 3, H, W) through the network. Returns (terms, cam (N, 1+C, H, W), cam_rv)."""
+def forward_losses(model, img, label, draw=draw_view, objective=seam_loss, amp='off'):
+    """One or two views of images (N, 3, H, W) through the network. Returns (terms, cam (N, 1+C, H, W), cam_rv).
+    draw, objective: `draw_view` and `seam_loss`, their settings bound. draw=None: one view, classification alone."""
     def forward(img):
-        with autocast(img.device, args.amp):
+        with autocast(img.device, amp):
             return [cam.float() for cam in model(img)]
 
     cam1, cam_rv1 = forward(img)
-    if args.classifier_only:
+    if draw is None:
         return {'loss': classification_loss(cam1, label)}, cam1, cam_rv1
-    view, inside = draw_view(img, args)
+    view, inside = draw(img)
     cam2, cam_rv2 = forward(view(img))
-    terms = seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view, inside, args.topk_ratio,
-                      args.er_weight, args.ecr_weight, args.rvmin_weight)
-    return terms, cam1, cam_rv1
+    return objective(cam1, cam_rv1, cam2, cam_rv2, label, view, inside), cam1, cam_rv1
 
 
 # ----- the script -----
@@ -267,7 +266,7 @@ def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     rank, _ = get_rank()
-    device = set_up(args, one_gpu=args.train_bn)
+    device = set_up(args.seed, args.device, args.tf32, args.amp, args.deterministic, args.train_bn)
 
     # ----- data -----
     dataset = VOC12ClsDataset(args.train_list, voc12_root=args.voc12_root, cls_labels=args.cls_labels,
@@ -280,7 +279,7 @@ def main(args):
                                   imutils.RandomCrop(args.crop_size),
                                   imutils.HWC_to_CHW,
                                   torch.from_numpy]))
-    check_batch_size(dataset, args)
+    check_batch_size(len(dataset), args.batch_size, args.train_list)
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
@@ -300,16 +299,17 @@ def main(args):
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
     net.to(device)
     inputs = digest_inputs(train_list=dataset.img_name_list, cls_labels=dataset.labels, class_names=class_names)
-    state = net, optimizer, scaler, args, inputs
+    checkpoint = Checkpoint(args.session_name, net, optimizer, scaler, vars(args), inputs, args.save_every)
     if args.resume:
-        resume(*state)
+        checkpoint.resume(args.resume)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
-    log = open_log(args, device, describe_list(dataset.img_name_list, class_names), optimizer.global_step)
+    log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
+        *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'])
     absent = absent_classes(dataset.labels, class_names)
     if absent and args.class_names:
-        log(f'warning: {len(absent)} of {len(class_names)} classes of {args.class_names} (--class_names) are in no image '
-            f'of {args.train_list} (--train_list), so they cannot be learned: {join_first(absent, 20)}')
+        log(f'warning: {len(absent)} of the {len(class_names)} classes of {args.class_names} (--class_names) cannot be '
+            f'learned, for no image of {args.train_list} (--train_list) has them: {join_first(absent, 20)}')
     make_loader = functools.partial(
         DataLoader, SeededDataset(dataset, args.seed), collate_fn=collate, num_workers=args.num_workers,
         pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
@@ -328,11 +328,16 @@ def main(args):
     # ----- training -----
     writer = visualization.open_writer(args.tblog_dir, args.session_name, batches.start, log) if rank == 0 else None
     meter, quality, timer = AverageMeter(), ClassificationMeter(), Timer(optimizer.global_step)
+    draw = None if args.classifier_only else functools.partial(
+        draw_view, transform=args.transform, scale_factor=args.scale_factor, max_rotation=args.max_rotation,
+        max_translation=args.max_translation)
+    objective = functools.partial(seam_loss, topk_ratio=args.topk_ratio, er_weight=args.er_weight,
+                                  ecr_weight=args.ecr_weight, rvmin_weight=args.rvmin_weight)
 
-    for step, names, img, label in training_steps(loader, meter, log, *state):
+    for step, names, img, label in training_steps(loader, meter, log, checkpoint):
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
-            terms, cam, cam_rv = forward_losses(model, img_part, label_part, args)
+            terms, cam, cam_rv = forward_losses(model, img_part, label_part, draw, objective, args.amp)
             scaler.scale(terms['loss'] / args.accum).backward()
             meter.add({name: term.detach() for name, term in terms.items()}, step, names)
             quality.add(cam.detach()[:, 1:].mean(dim=(2, 3)), label_part)

@@ -2,21 +2,20 @@
 import argparse
 import functools
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision import transforms
+from torchvision.transforms import ColorJitter
 
 from network.weights import load_weights
 from tool import imutils
 from tool.affinity_pairs import STRIDE
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
-from tool.devices import autocast, get_rank, mean_over_ranks, parallel, sum_over_ranks
+from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches
-from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, digest_inputs, open_log, outlive_sigterm,
-                           report_progress, resume, save_weights, set_up, training_steps)
+from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_training_args, digest_inputs, open_log,
+                           outlive_sigterm, report_progress, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12AffDataset
 from voc12.lists import load_class_names
@@ -101,7 +100,7 @@ def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     _, ranks = get_rank()
-    device = set_up(args)
+    device = set_up(args.seed, args.device, args.tf32, args.amp, args.deterministic)
 
     # ----- data -----
     net = import_network(args.network, 'radius', args.backbone)(checkpointing=args.checkpointing)
@@ -109,11 +108,10 @@ def main(args):
         args.train_list, label_la_dir=args.la_crf_dir, label_ha_dir=args.ha_crf_dir,
         cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius, num_classes=len(class_names),
         # the crop comes before the normalisation: what lies outside the image is black, not the mean colour
-        joint_transform_list=[None, None, imutils.RandomCrop(args.crop_size), imutils.RandomHorizontalFlip()],
-        img_transform_list=[transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
-                            np.asarray, imutils.normalize, imutils.HWC_to_CHW],
-        label_transform_list=[None, None, None, imutils.AvgPool2d(STRIDE)])
-    check_batch_size(dataset, args)
+        transforms=[imutils.OnImage(ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)),
+                    imutils.OnBoth(imutils.RandomCrop(args.crop_size)), imutils.OnImage(imutils.normalize),
+                    imutils.OnBoth(imutils.RandomHorizontalFlip()), imutils.OnLabel(imutils.AvgPool2d(STRIDE))])
+    check_batch_size(len(dataset), args.batch_size, args.train_list)
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
@@ -132,12 +130,13 @@ def main(args):
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            la_crf_dir=describe_folder(args.la_crf_dir, 'la_crf_dir'),
                            ha_crf_dir=describe_folder(args.ha_crf_dir, 'ha_crf_dir'))
-    state = net, optimizer, scaler, args, inputs
+    checkpoint = Checkpoint(args.session_name, net, optimizer, scaler, vars(args), inputs, args.save_every)
     if args.resume:
-        resume(*state)
+        checkpoint.resume(args.resume)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
-    log = open_log(args, device, describe_list(dataset.img_name_list, class_names), optimizer.global_step)
+    log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
+        *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'])
     if len(find_labels(dataset.sample_labels())) < 2:
         log(f'warning: the images looked at have fewer than two labels, so there is nothing to learn: objects are what '
             f'{args.la_crf_dir} (--la_crf_dir) calls objects, and background is what {args.ha_crf_dir} (--ha_crf_dir) '
@@ -155,7 +154,7 @@ def main(args):
     # ----- training -----
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
 
-    for step, names, img, labels in training_steps(loader, meter, log, *state):
+    for step, names, img, labels in training_steps(loader, meter, log, checkpoint):
         counts = sum_over_ranks(pair_counts(labels))
         optimizer.zero_grad()
         parts = [tensor.chunk(args.accum) for tensor in (img, *labels)]

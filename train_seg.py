@@ -8,13 +8,13 @@ from torch.utils.data import DataLoader
 from network.weights import load_weights
 from tool import image_files, imutils
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
-from tool.devices import autocast, get_rank, mean_over_ranks, parallel, sum_over_ranks
+from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.image_files import IGNORE
 from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, collate
-from tool.training import (MEMORY_HELP, check_batch_size, check_training_args, digest_inputs, open_log, outlive_sigterm,
-                           report_progress, resume, save_weights, set_up, training_steps)
+from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_training_args, digest_inputs, open_log,
+                           outlive_sigterm, report_progress, save_weights, set_up, training_steps)
 from voc12.canonical import describe_list
 from voc12.data import VOC12SegDataset
 from voc12.lists import load_class_names
@@ -102,7 +102,7 @@ def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     _, ranks = get_rank()
-    device = set_up(args)
+    device = set_up(args.seed, args.device, args.tf32, args.amp, args.deterministic)
     if args.sync_bn and device.type != 'cuda':
         raise BadInput('--sync_bn needs GPUs')
 
@@ -111,7 +111,7 @@ def main(args):
         args.train_list, args.voc12_root, args.label_dir, num_classes=len(class_names),
         transforms=[imutils.JitterHSV(*args.hsv), imutils.mirror_at_random, imutils.RandomScale(*args.scale_range),
                     imutils.normalize_image, imutils.RandomCropBoth(args.crop_size)])
-    check_batch_size(dataset, args)
+    check_batch_size(len(dataset), args.batch_size, args.train_list)
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'segments', args.backbone)(
@@ -136,20 +136,21 @@ def main(args):
     net.to(device)
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            label_dir=describe_folder(args.label_dir, 'label_dir'))
-    state = net, optimizer, scaler, args, inputs
+    checkpoint = Checkpoint(args.session_name, net, optimizer, scaler, vars(args), inputs, args.save_every)
     if args.resume:
-        resume(*state)
+        checkpoint.resume(args.resume)
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, args.max_iters, args.seed)
-    log = open_log(args, device, describe_list(dataset.img_name_list, class_names), optimizer.global_step)
+    log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
+        *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'])
     if from_scratch:
         log('no --weights: starts from random weights')
     labels = find_labels(image_files.read_label_map(dataset.label_path(name), '--label_dir')
                          for name in dataset.img_name_list)
     if len(labels) < 2:
         log(f'warning: the label maps in {args.label_dir} (--label_dir) have no values but '
-            f'{" and ".join(map(str, [*labels, IGNORE]))}, so there is nothing to learn: 0 is the background, {IGNORE} is '
-            f'ignored, and objects are 1 to {len(class_names)}, the classes of --class_names')
+            f'{" and ".join(map(str, [*labels, IGNORE]))}, so there is nothing to learn: 0 is the background, '
+            f'{IGNORE} is ignored, and objects are 1 to {len(class_names)}, the classes of --class_names')
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if args.sync_bn:
@@ -159,7 +160,7 @@ def main(args):
     # ----- training -----
     meter, timer = AverageMeter(), Timer(optimizer.global_step)
 
-    for step, names, img, label in training_steps(loader, meter, log, *state):
+    for step, names, img, label in training_steps(loader, meter, log, checkpoint):
         count = sum_over_ranks(count_pixels(label)) / (args.accum * ranks)
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):

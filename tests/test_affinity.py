@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import infer_aff
 import train_aff
@@ -11,6 +12,7 @@ from network.resnet38_aff import Net
 from tool import crf, image_files, imutils
 from tool.affinity_pairs import fit_radius
 from voc12.data import ExtractAffinityLabelInRadius, VOC12AffDataset, fuse_crf_labels
+from voc12.masks import find_labels
 
 WALKED = ('2007_000003', '2007_000002')
 
@@ -41,7 +43,6 @@ def test_dataset_from_crf_files(tmp_path):
     g = golden('g06_affinity_labels')
     for folder in ('JPEGImages', 'la', 'ha'):
         (tmp_path / folder).mkdir()
-    from PIL import Image
     Image.new('RGB', (96, 96)).save(tmp_path / 'JPEGImages' / '2007_000001.jpg')
     (tmp_path / 'list.txt').write_text('2007_000001\n')
     for kind in ('la', 'ha'):
@@ -49,12 +50,24 @@ def test_dataset_from_crf_files(tmp_path):
     pooled = []
     dataset = VOC12AffDataset(
         str(tmp_path / 'list.txt'), str(tmp_path / 'la'), str(tmp_path / 'ha'), cropsize=96, voc12_root=str(tmp_path),
-        joint_transform_list=[None, None], img_transform_list=[np.asarray, imutils.HWC_to_CHW],
-        label_transform_list=[imutils.AvgPool2d(8), lambda scores: pooled.append(scores) or scores])
+        transforms=[imutils.OnImage(np.asarray), imutils.OnLabel(imutils.AvgPool2d(8)),
+                    imutils.OnLabel(lambda scores: pooled.append(scores) or scores)])
     _, _, labels = dataset[0]
     close(pooled[0], g['fuse_pooled'], 1e-6)
     for kind, pairs in zip(('bg', 'fg', 'neg'), labels):
         assert (pairs.numpy() == g['fuse_' + kind]).all()
+
+
+def test_crf_labels_without_an_object_are_noticed(tmp_path):
+    (tmp_path / 'JPEGImages').mkdir()
+    Image.new('RGB', (24, 16)).save(tmp_path / 'JPEGImages' / 'a.jpg')
+    (tmp_path / 'list.txt').write_text('a\n')
+    for share, found in ((.9, {0}), (.4, {0, 1})):          # of the background, in the left half
+        scores = np.full((16, 24), .9, np.float32)
+        scores[:, :12] = share
+        np.save(tmp_path / 'a.npy', {0: scores, 1: 1 - scores})
+        dataset = VOC12AffDataset(str(tmp_path / 'list.txt'), str(tmp_path), str(tmp_path), 16, str(tmp_path))
+        assert find_labels(dataset.sample_labels()) == found
 
 
 def check_terms(aff, labels, g, prefix):

@@ -1,5 +1,7 @@
 """What runs on GPUs, as far as it can be tested without one: on a fake cuda device, whose tensors have a device, a type
 and a shape but no values, an operand that was left on the CPU is an error."""
+import functools
+
 import pytest
 import torch
 
@@ -37,13 +39,14 @@ def check(*tensors, dtype=torch.float32):
         assert tensor.device.type == 'cuda' and tensor.dtype == dtype
 
 
-@pytest.mark.parametrize('options, flags', [
-    ({}, ''), ({'pcm': False}, ''), ({'train_bn': True}, ''), ({'checkpointing': True}, '--amp bf16'),
-    ({}, '--transform rescale flip'), ({}, '--topk_ratio 1'), ({}, '--classifier_only'), ({}, '--amp fp16')])
-def test_training_of_seam(options, flags):
+@pytest.mark.parametrize('options, settings', [
+    ({}, {}), ({'pcm': False}, {}), ({'train_bn': True}, {}), ({'checkpointing': True}, {'amp': 'bf16'}),
+    ({}, {'draw': functools.partial(train_SEAM.draw_view, transform=['rescale', 'flip'])}),
+    ({}, {'objective': functools.partial(train_SEAM.seam_loss, topk_ratio=1)}), ({}, {'draw': None}),
+    ({}, {'amp': 'fp16'})])
+def test_training_of_seam(options, settings):
     net = on_gpu(slim_SEAM.Net, **options).train()
-    args = train_SEAM.get_args_parser().parse_args(flags.split())
-    terms, *cams = train_SEAM.forward_losses(net, images(), torch.zeros(2, 20, device='cuda'), args)
+    terms, *cams = train_SEAM.forward_losses(net, images(), torch.zeros(2, 20, device='cuda'), **settings)
     check(*terms.values(), *cams)
 
 

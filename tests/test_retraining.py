@@ -189,6 +189,20 @@ def test_label_map_that_cannot_be_trained_on(data, tmp_path, change, words):
     assert not (tmp_path / 'x.pth').exists()
 
 
+def test_label_maps_of_0_and_255_alone_are_warned_of_and_one_of_255_everywhere_trains(data, plain, tmp_path):
+    shutil.copytree(data / TRUTH, tmp_path / 'labels')
+    path = str(tmp_path / f'labels/{names_of(data)[3]}.png')
+    save_label_map(path, read_label_map(path, '') * 0 + 255)
+    step = '--label_dir', tmp_path / 'labels', '--max_iters', 2
+    assert 'warning' not in done(train(data, tmp_path / 'good', *step))
+    for name in names_of(data):
+        path = str(tmp_path / f'labels/{name}.png')
+        save_label_map(path, (read_label_map(path, '') > 0) * 255)
+    out = done(train(data, tmp_path / 'bad', *step))
+    warning, = [line for line in out.splitlines() if 'warning' in line]
+    assert '--label_dir' in warning and '0 and 255' in warning and out.index('warning') < out.index('Iter:')
+
+
 @pytest.mark.parametrize('flags, words', [
     (('--label_dir', '.'), ('.png', '--label_dir')), (('--label_dir', 'none'), ('none', '--label_dir')),
     (('--batch_size', 100), ('9 images', '--batch_size')), (('--scale_range', 2, 1), ('--scale_range',)),

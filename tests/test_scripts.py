@@ -209,6 +209,15 @@ def test_names_file_that_cannot_be(voc, text, words):
     refused(train(voc, '--class_names', 'names.txt'), 'names.txt', '--class_names', *words)
 
 
+def test_class_that_no_image_has_is_named(voc):
+    set_list(voc, names_of(voc))
+    (voc / 'names.txt').write_text('aeroplane\nbicycle\nbird\nunicorn\n')
+    out = done(train(voc, '--class_names', 'names.txt', '--lr', 0, '--batch_size', 8))
+    line, = [line for line in out.splitlines() if 'unicorn' in line]
+    assert 'warning' in line and '--class_names' in line and 'bird' not in line
+    assert out.index('unicorn') < out.index('Iter:')
+
+
 def test_names_file_that_is_no_text(voc):
     set_list(voc, names_of(voc))
     refused(train(voc, '--class_names', voc / 'VOC2012/JPEGImages' / (names_of(voc)[0] + '.jpg')), '--class_names')

@@ -173,6 +173,13 @@ def test_updates(steps):
     assert still == list(map(str, g['unchanged_names'])) and len(still) == 78
 
 
+def test_loss_of_ignored_pixels_alone_is_0_and_moves_nothing():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((2, 4, 4), 255))['loss']
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
 # ----- training data -----
 
 def same_pixels(img, expected):

@@ -1,4 +1,5 @@
 """Resume, seeds, ranks and parts of batches: all of them end with the weights of the plain run."""
+import errno
 import json
 import multiprocessing
 import os
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import train_SEAM
 from conftest import ROOT
 from network import slim_SEAM, slim_aff
 from test_scripts import done, refused, run
-from tool import cli, metrics, pyutils, torchutils, training
+from tool import cli, metrics, pyutils, torchutils, training, visualization
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
@@ -102,7 +103,7 @@ def test_run_stopped_by_sigterm_and_resumed_ends_with_the_same_weights(data, pla
     assert log.count('Iter:    0/    6') == 1 and log.count('torch') == 7
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_to_the_whole_process_group_ends_the_step_and_saves(data, number):
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_SEAM.py'),
                                 *map(str, flags('train_SEAM', f'signal{number}', '--max_epochs', 10000,
@@ -116,6 +117,62 @@ def test_signal_to_the_whole_process_group_ends_the_step_and_saves(data, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and '--resume goes on' in out and 'Traceback' not in err
     assert weights(data / f'signal{number}_last.pth')['step'] >= 1
+
+
+def test_training_under_nohup_goes_on_when_the_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training.StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.exit_code('cpu') == 0
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with training.StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.exit_code('cpu') == 129
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_log_goes_on_without_its_terminal(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.EIO, 'Input/output error')
+    log = pyutils.Logger(str(tmp_path / 'x'))
+    monkeypatch.setattr(pyutils.tqdm, 'write', write)
+    log('a line')
+    assert (tmp_path / 'x.log').read_text() == 'a line\n'
+
+
+def test_records_behind_the_checkpoint_are_taken_out_on_resume(tmp_path):
+    log = pyutils.Logger(str(tmp_path / 'x'))
+    for step in range(4):
+        log.record({'step': step})
+    with open(tmp_path / 'x.jsonl', 'a') as file:
+        file.write('{"step": 4, "lo')           # the kill came here
+    log = pyutils.Logger(str(tmp_path / 'x'), step=2)
+    log.record({'step': 2})
+    assert [json.loads(line)['step'] for line in (tmp_path / 'x.jsonl').read_text().splitlines()] == [0, 1, 2]
+    pyutils.Logger(str(tmp_path / 'x'))
+    assert not (tmp_path / 'x.jsonl').read_text()
+
+
+def test_new_run_says_which_files_of_an_earlier_one_it_replaces(tmp_path, capsys):
+    session = str(tmp_path / 'x')
+    for step, ends, words in ((None, (), ()), (None, ('.pth',), ('x.pth', '--session_name')),
+                              (None, ('.pth', '_last.pth'), ('x.pth', 'x_last.pth', 'x.log', '--resume')), (5, (), ())):
+        for end in ends:
+            (tmp_path / ('x' + end)).touch()
+        training.open_log(session, step, [])
+        out = capsys.readouterr().out
+        assert ('warning' in out) == bool(words) and all(word in out for word in words)
+
+
+def test_every_session_has_a_tensorboard_folder_and_a_resumed_one_hides_later_steps(tmp_path, monkeypatch):
+    opened = []
+    writer = types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: opened.append((folder, purge_step)))
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', writer)
+    for session, step in (('a', 0), ('runs/a', 0), ('../runs//a', 7), ('/runs/a', 0)):
+        visualization.open_writer('tb', session, step, print)
+    assert opened == [('tb/a', 0), ('tb/runs/a', 0), ('tb/runs/a', 7), ('tb/runs/a', 0)]
 
 
 def test_killed_loader_worker_is_told_and_the_checkpoint_stays(data):
@@ -183,20 +240,20 @@ def checkpoint(tmp_path, monkeypatch):
     optimizer = torchutils.PolyOptimizer(net.parameters(), 0.1, 0, 10, momentum=0.9)
     net(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    parts, path = (net, optimizer, torch.amp.GradScaler(enabled=False)), str(tmp_path / 'x_last.pth')
 
-    def flags(**others):
-        return Namespace(session_name=str(tmp_path / 'x'), resume=True, **others)
+    def make(net, optimizer, flags, train_list):
+        return training.Checkpoint(str(tmp_path / 'x'), net, optimizer, torch.amp.GradScaler(enabled=False), flags,
+                                   training.digest_inputs(train_list=train_list), save_every=1)
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, 'location_tag', lambda storage: 'cuda:0')
-        training.save_checkpoint(*parts, flags(lr=0.1, train_list='old.txt'), {'train_list': 'abc', 'images': ['a', 'b', 'c']})
+        make(net, optimizer, {'lr': 0.1, 'train_list': 'old.txt'}, ['a', 'b', 'c']).save()
 
-    def resume(lr, train_list, digest, images=('a', 'b', 'x')):
+    def resume(lr, path, names):
         fresh = torch.nn.Linear(2, 1)
         again = torchutils.PolyOptimizer(fresh.parameters(), 0.1, 0, 10, momentum=0.9)
-        training.resume(fresh, again, parts[2], flags(lr=lr, train_list=train_list), {'train_list': digest, 'images': list(images)})
+        make(fresh, again, {'lr': lr, 'train_list': path}, names).resume()
         assert torch.equal(fresh.weight, net.weight) and again.global_step == 1
-    return path, resume
+    return str(tmp_path / 'x_last.pth'), resume
 
 
 def test_checkpoint_of_a_gpu_resumes_on_a_cpu(checkpoint):
@@ -204,14 +261,23 @@ def test_checkpoint_of_a_gpu_resumes_on_a_cpu(checkpoint):
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match='CUDA'):
             torch.load(path, weights_only=True)
-    resume(0.1, 'old.txt', 'abc')
+    resume(0.1, 'old.txt', ['a', 'b', 'c'])
 
 
 def test_contents_of_a_list_count_and_not_its_path(checkpoint):
     path, resume = checkpoint
-    resume(0.1, 'moved/old.txt', 'abc')
-    with pytest.raises(cli.BadInput, match='--train_list old.txt has other contents than old.txt had'):
-        resume(0.1, 'old.txt', 'abd')
+    resume(0.1, 'moved/old.txt', ['a', 'b', 'c'])
+    for names in (['a', 'b', 'd'], ['b', 'a', 'c'], ['a', 'b', 'c', 'd']):
+        with pytest.raises(cli.BadInput, match='--train_list old.txt has other contents than old.txt had'):
+            resume(0.1, 'old.txt', names)
+
+
+def test_images_may_be_taken_out_of_the_list(checkpoint, capsys):
+    path, resume = checkpoint
+    resume(0.1, 'old.txt', ['a', 'c'])
+    assert '1 images fewer' in (out := capsys.readouterr().out) and '--train_list' in out
+    resume(0.1, 'old.txt', ['a', 'b', 'c'])
+    assert not capsys.readouterr().out
 
 
 def test_checkpoint_without_digests_compares_the_paths(checkpoint):
@@ -219,9 +285,9 @@ def test_checkpoint_without_digests_compares_the_paths(checkpoint):
     old = torch.load(path, map_location='cpu', weights_only=True)
     del old['inputs']
     torch.save(old, path)
-    resume(0.1, 'old.txt', 'abc')
+    resume(0.1, 'old.txt', ['a', 'b', 'c'])
     with pytest.raises(cli.BadInput, match='--train_list was old.txt'):
-        resume(0.1, 'new.txt', 'abc')
+        resume(0.1, 'new.txt', ['a', 'b', 'c'])
 
 
 def test_digests_follow_the_contents():
@@ -231,6 +297,7 @@ def test_digests_follow_the_contents():
     first = digest(['x', 'y'], {'x': a, 'y': b})
     assert first == digest(['x', 'y'], {'y': b, 'x': a})
     assert first['train_list'] != digest(['y', 'x'], {})['train_list']      # the order of a list decides the batches
+    assert first['images'][0] != digest(['x'], {'x': b})['images'][0]
     assert first['cls_labels'] != digest([], {'x': b, 'y': b})['cls_labels']
 
 
@@ -352,7 +419,17 @@ def test_batches_are_permutations_shared_by_the_ranks(monkeypatch):
         monkeypatch.setenv('RANK', rank)
         monkeypatch.setenv('WORLD_SIZE', '2')
         parts.append(batches())
+        assert list(torchutils.StepBatches(10, 4, 0, 6, seed=3, share=False)) == whole      # to calibrate batch norm
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
+
+
+def test_classifier_is_fitted_to_every_image_once_whatever_batches_and_ranks(monkeypatch):
+    for rank, batch_size in (('0', 4), ('1', 4), ('1', 10), ('1', 3)):
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        batches = torchutils.list_batches(10, batch_size)
+        assert [key for batch in batches for key in batch] == [(0, index) for index in range(10)]
+        assert len(batches[0]) == batch_size
 
 
 def test_record_of_every_print_step(data, plain):

@@ -140,10 +140,10 @@ def describe_revision():
     return revision or 'unknown'
 
 
-def describe_run(args, device):
-    """Lines for the head of a log: arguments, versions, device, revision of the code."""
+def describe_run(flags, device):
+    """Lines for the head of a log: arguments (a dict), versions, device, revision of the code."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'
-    return [' '.join(f'{key}={value}' for key, value in vars(args).items()),
+    return [' '.join(f'{key}={value}' for key, value in flags.items()),
             f'python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}; {name}, '
             f'{get_rank()[1]} ranks; revision {describe_revision()}']
 

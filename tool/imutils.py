@@ -97,8 +97,35 @@ class AvgPool2d:
         return rows.reshape(h // k, w // k, k, c).sum(axis=2) / k ** 2
 
 
-# ----- transforms of an image and its label map, for segmentation: (img (H, W, 3), label (H, W)) -> the same, with the
-# draws of Python's `random` in the order of the reference, which rescales with OpenCV and not with Pillow -----
+# ----- transforms of an image and its labels: (img, label) -> the same, both changed alike -----
+
+class OnImage:
+    """Applies a transform of images; the label stays."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, img, label):
+        return self.transform(img), label
+
+
+class OnLabel(OnImage):
+    """Applies a transform to the label; the image stays."""
+
+    def __call__(self, img, label):
+        return img, self.transform(label)
+
+
+class OnBoth(OnImage):
+    """Applies one draw of a transform of (H, W, C) to img (H, W, 3) and label (H, W, K), as one array of 3 + K."""
+
+    def __call__(self, img, label):
+        both = self.transform(np.concatenate([img, label], axis=-1))
+        return both[..., :3], both[..., 3:]
+
+
+# for segmentation: img (H, W, 3), label (H, W); the draws of Python's `random` are in the order of the reference, which
+# rescales with OpenCV and not with Pillow
 
 class JitterHSV:
     """Adds whole numbers within +-hue, +-saturation, +-value to the channels of 8-bit HSV (hue 0..179, which goes

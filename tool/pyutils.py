@@ -58,8 +58,8 @@ class Logger:
     """Prints lines and adds them to <session_name>.log; records go to <session_name>.jsonl. Creates their folder.
     Where the disk is full, one line says so, and the run goes on.
 
-    step: a resumed run adds to the files of before, from this step on; records of later steps, which a killed run left
-    behind its last checkpoint, are taken out. None begins both files anew. quiet: does nothing, for ranks but the first.
+    step: a resumed run adds to the files, from this step on; records of later steps, which a killed run left behind its
+    last checkpoint, are taken out. None begins both files anew. quiet: does nothing, for ranks but the first.
     """
 
     def __init__(self, session_name, step=None, quiet=False):

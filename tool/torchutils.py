@@ -107,7 +107,8 @@ class StepBatches(Sampler):
 def list_batches(size, batch_size):
     """Batches for a SeededDataset in which every item comes exactly once, in the order of the list and as augmented in
     epoch 0; the last batch may be smaller. The same on every rank."""
-    return [[(0, index) for index in range(start, min(start + batch_size, size))] for start in range(0, size, batch_size)]
+    keys = [(0, index) for index in range(size)]
+    return [keys[start:start + batch_size] for start in range(0, size, batch_size)]
 
 
 class SkipBad:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from tool.cli import BadInput, NotFinite, check_file, check_range, is_out_of_memory
-from tool.devices import check_replicas, describe_run, get_device, get_rank, peak_memory, seed_gpus
+from tool.devices import check_replicas, get_device, get_rank, peak_memory, seed_gpus
 from tool.files import atomic_write, describe
 from tool.pyutils import Logger
 from tool.torchutils import read_batches, set_seed
@@ -42,35 +42,37 @@ def check_training_args(args):
         check_file(args.weights, '--weights')
 
 
-def check_batch_size(dataset, args):
-    if len(dataset) < args.batch_size:
-        raise BadInput(f'{args.train_list} (--train_list) has {len(dataset)} images, fewer than --batch_size')
+def check_batch_size(size, batch_size, train_list):
+    """Raises BadInput where a list of `size` images, of the file `train_list`, does not fill one batch."""
+    if size < batch_size:
+        raise BadInput(f'{train_list} (--train_list) has {size} images, fewer than --batch_size {batch_size}')
 
 
-def set_up(args, one_gpu=False):
-    """Seeds the random numbers and returns the device, see `get_device`. Writes nothing. Raises BadInput."""
-    set_seed(args.seed)
-    device = get_device(args.device, args.tf32, one_gpu)
-    check_replicas(device, args.amp)
-    if args.deterministic:
+def set_up(seed, device, tf32=False, amp='off', deterministic=False, one_gpu=False):
+    """Seeds the random numbers and returns the torch.device of `--device`, see `get_device`; deterministic: the same
+    bits from the same seed on a GPU. Writes nothing. Raises BadInput."""
+    set_seed(seed)
+    device = get_device(device, tf32, one_gpu)
+    check_replicas(device, amp)
+    if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
     return device
 
 
-def open_log(args, device, description, step):
-    """The Logger of a run, with its arguments, versions, device, and a description of its list written down. A new run
-    says which files of an earlier one it replaces. step: the number of the first update, from 0."""
-    found = [args.session_name + end for end in ('.pth', '_last.pth', '.log', '.jsonl')
-             if os.path.isfile(args.session_name + end)]
-    log = Logger(args.session_name, step if args.resume else None, quiet=get_rank()[0] > 0)
-    for line in (*describe_run(args, device), f'{args.train_list}: {description}'):
+def open_log(session_name, step, lines):
+    """The Logger of a run, with `lines` at its head. A new run (step None) says which files of an earlier one it
+    replaces; a resumed one goes on with update number `step`."""
+    last = session_name + '_last.pth'
+    paths = [session_name + '.pth', last, session_name + '.log', session_name + '.jsonl']
+    found = [path for path in paths if os.path.isfile(path)]
+    log = Logger(session_name, step, quiet=get_rank()[0] > 0)
+    for line in lines:
         log(line)
-    if args.resume:
+    if step is not None:
         log(f'resumed after {step} steps')
     elif found:
-        last = args.session_name + '_last.pth'
         advice = f'--resume would go on from {last}' if last in found else 'another --session_name would keep them'
         log(f'warning: this run replaces {", ".join(found)} of an earlier run (--session_name); {advice}')
     return log
@@ -78,16 +80,16 @@ def open_log(args, device, description, step):
 
 # ----- the steps -----
 
-def training_steps(loader, meter, log, net, optimizer, scaler, args, inputs):
-    """Yields (step, names, the other parts of the batch on the network's device) from `optimizer.global_step` on, each
+def training_steps(loader, meter, log, checkpoint):
+    """Yields (step, names, the other parts of the batch on the network's device) from the checkpoint's step on, each
     with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
 
-    loader: of StepBatches. After every epoch and every --save_every steps, the first rank saves a checkpoint. So too
+    loader: of StepBatches. After every epoch and every `save_every` steps, the first rank saves the checkpoint. So too
     when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an unreadable image, which
-    the user may repair or take out of the list, see `resume`.
+    the user may repair or take out of the list, see `Checkpoint.resume`.
     """
     rank, _ = get_rank()
-    epoch_steps = loader.batch_sampler.epoch_steps
+    seed, epoch_steps, optimizer = loader.batch_sampler.seed, loader.batch_sampler.epoch_steps, checkpoint.optimizer
     device = optimizer.param_groups[0]['params'][0].device
     stopped = 0
     try:
@@ -95,22 +97,22 @@ def training_steps(loader, meter, log, net, optimizer, scaler, args, inputs):
             for names, *tensors in tqdm(read_batches(loader), 'train', len(loader), dynamic_ncols=True,
                                         disable=rank > 0 or None):
                 step = optimizer.global_step
-                set_seed(args.seed, step, rank)
-                seed_gpus(args.seed, step, rank)
+                set_seed(seed, step, rank)
+                seed_gpus(seed, step, rank)
                 yield step, names, *_move(tensors, device)
                 optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
                 stopped = stop.exit_code(device)
-                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % args.save_every == 0:
+                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % checkpoint.save_every == 0:
                     meter.check()       # a ruined network does not replace a good one
                     if rank == 0:
-                        save_checkpoint(net, optimizer, scaler, args, inputs)
+                        checkpoint.save()
                 if stopped:
                     break
     except BadInput:            # on any rank: all have the same weights
         meter.check()
-        save_checkpoint(net, optimizer, scaler, args, inputs)
-        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on, also with a list from '
-            'which images were taken out')
+        checkpoint.save()
+        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on, also with a list '
+            'that no longer has the image')
         raise
     if dist.is_initialized():       # all ranks come to their end together
         dist.destroy_process_group()
@@ -186,51 +188,67 @@ def digest_inputs(train_list, **others):
     return {'images': images, **{flag: digest(value) for flag, value in {'train_list': train_list, **others}.items()}}
 
 
-def save_checkpoint(net, optimizer, scaler, args, inputs):
-    """Writes <session_name>_last.pth with all that `resume` needs: weights, optimizer, number of updates, and the
-    arguments that it compares. inputs: as `digest_inputs` returns. Raises NotFinite rather than put ruined weights in
-    place of good ones."""
-    path = args.session_name + '_last.pth'
-    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
-        raise NotFinite(f'the weights are not finite after step {optimizer.global_step}; {path} is as before')
-    checkpoint = {'model': net.state_dict(), 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(),
-                  'step': optimizer.global_step, 'args': vars(args), 'inputs': inputs, 'torch': str(torch.__version__)}
-    _save(checkpoint, path)
+class Checkpoint:
+    """All that a training needs to go on, in <session_name>_last.pth. flags: dict of the arguments. inputs: of
+    `digest_inputs`. save_every: steps between two saves, for `training_steps`."""
 
+    def __init__(self, session_name, net, optimizer, scaler, flags, inputs, save_every):
+        self.path = session_name + '_last.pth'
+        self.net, self.optimizer, self.scaler = net, optimizer, scaler
+        self.flags, self.inputs, self.save_every = flags, inputs, save_every
 
-def resume(net, optimizer, scaler, args, inputs):
-    """Restores what `save_checkpoint` wrote. Raises BadInput for another file, and for flags that contradict it: other
-    values, and of files other contents, wherever they lie. Images may have been taken out of the list, as a user does
-    with one that cannot be read."""
-    path = args.session_name + '_last.pth' if args.resume is True else args.resume
-    check_file(path, '--resume')
-    try:
-        checkpoint = load_tensors(path)
-        if 'optimizer' not in checkpoint:
-            raise ValueError('it has no state of the optimizer; weights alone go to --weights')
-        before, read_before = checkpoint['args'], checkpoint.get('inputs', {})      # without these, paths are compared
-        images, images_before = inputs['images'], read_before.get('images', [])
-        rest = iter(images_before)
-        fewer = images_before and all(image in rest for image in images)        # all of them, in the same order
-        free = ('images', 'train_list', 'cls_labels') if fewer else ('images',)
-        differ = [f'--{key} was {before[key]}' for key in vars(args) if key in before and key not in FREE_ON_RESUME
-                  and key not in read_before and before[key] != getattr(args, key)]
-        differ += [f'--{key} {getattr(args, key)} has other contents than {before[key]} had' for key in inputs
-                   if key in read_before and read_before[key] != inputs[key] and key not in free]
-        if not differ:
-            net.load_state_dict(checkpoint['model'])
-            optimizer.load_state_dict(checkpoint['optimizer'])
-            optimizer.global_step = checkpoint['step']
-            scaler.load_state_dict(checkpoint['scaler'])
-    except Exception as error:          # a damaged file raises whatever it likes
-        if is_out_of_memory(error):
-            raise
-        raise BadInput(f'{path} (--resume) is no checkpoint of this training: {describe(error)}') from error
-    if differ:
-        raise BadInput(f'{path} (--resume) was made with other flags: {"; ".join(differ)}')
-    if fewer and len(images) < len(images_before) and get_rank()[0] == 0:
-        print(f'{args.train_list} (--train_list) has {len(images)} of the {len(images_before)} images that {path} '
-              '(--resume) was made with; the training goes on with these')
+    def save(self):
+        """Writes weights, optimizer, number of updates, and the flags and inputs that `resume` compares.
+        Raises NotFinite rather than put ruined weights in place of good ones."""
+        step = self.optimizer.global_step
+        if not all(tensor.isfinite().all() for tensor in self.net.state_dict().values()):
+            raise NotFinite(f'the weights are not finite after step {step}; {self.path} is as before')
+        _save({'model': self.net.state_dict(), 'optimizer': self.optimizer.state_dict(),
+               'scaler': self.scaler.state_dict(), 'step': step, 'args': self.flags, 'inputs': self.inputs,
+               'torch': str(torch.__version__)}, self.path)
+
+    def resume(self, path=True):
+        """Restores what `save` wrote to `path`; True: to its own. Raises BadInput for another file, and for flags that
+        contradict it: other values, and of files other contents, wherever they lie. Images may have been taken out of
+        the list, as a user does with one that cannot be read."""
+        path = self.path if path is True else path
+        check_file(path, '--resume')
+        try:
+            saved = load_tensors(path)
+            if 'optimizer' not in saved:
+                raise ValueError('it has no state of the optimizer; weights alone go to --weights')
+            missing = self._count_missing(saved)
+            differ = self._compare(saved, images_missing=missing > 0)
+            if not differ:
+                self.net.load_state_dict(saved['model'])
+                self.optimizer.load_state_dict(saved['optimizer'])
+                self.optimizer.global_step = saved['step']
+                self.scaler.load_state_dict(saved['scaler'])
+        except Exception as error:          # a damaged file raises whatever it likes
+            if is_out_of_memory(error):
+                raise
+            raise BadInput(f'{path} (--resume) is no checkpoint of this training: {describe(error)}') from error
+        if differ:
+            raise BadInput(f'{path} (--resume) was made with other flags: {"; ".join(differ)}')
+        if missing and get_rank()[0] == 0:
+            print(f'{self.flags["train_list"]} (--train_list) has {missing} images fewer than when {path} (--resume) '
+                  'was written; the training goes on without them')
+
+    def _count_missing(self, saved):
+        """How many images were taken out of the saved list; 0 also where this one is no part of it, in its order."""
+        before = saved.get('inputs', {}).get('images', [])
+        rest = iter(before)
+        is_part = all(image in rest for image in self.inputs['images'])
+        return len(before) - len(self.inputs['images']) if is_part else 0
+
+    def _compare(self, saved, images_missing):
+        """Texts on the flags that differ, and on the files whose contents do."""
+        before, read_before = saved['args'], saved.get('inputs', {})        # without inputs, paths are compared
+        free = {'images', 'train_list', 'cls_labels'} if images_missing else {'images'}
+        differ = [f'--{key} was {before[key]}' for key in self.flags if key in before and key not in FREE_ON_RESUME
+                  and key not in read_before and before[key] != self.flags[key]]
+        return differ + [f'--{key} {self.flags[key]} has other contents than {before[key]} had' for key in self.inputs
+                         if key in read_before and key not in free and read_before[key] != self.inputs[key]]
 
 
 # ----- signals -----
@@ -254,8 +272,8 @@ def _kill_workers():
 
 
 class StopOnSignal:
-    """Inside the block, SIGTERM, SIGHUP and the first Ctrl-C only make a note, so that the step can end; a second Ctrl-C
-    interrupts at once. A SIGHUP that is ignored stays so: `nohup` means that the training goes on."""
+    """Inside the block, SIGTERM, SIGHUP and the first Ctrl-C only make a note, so that the step can end; a second
+    Ctrl-C interrupts at once. A SIGHUP that is ignored stays so: with `nohup` the training goes on."""
 
     def __enter__(self):
         self.number = 0

@@ -104,17 +104,15 @@ def fuse_crf_labels(scores):
 class VOC12AffDataset(VOC12ImageDataset):
     """(name, image, (bg, fg, neg)): pair labels from the CRF score files of a low and a high background alpha.
 
-    The three lists are walked in parallel; None skips a step. In each step the joint transform sees image
-    and scores concatenated to (H, W, 3 + 2K), then the image and the scores get their own transform; in the
-    end the scores are pooled to cropsize // 8 cells.
+    Each of `transforms` takes and returns (img, scores): at first a PIL image and (H, W, 2K), in the end arrays
+    (cropsize, cropsize, 3) and (cropsize // 8, cropsize // 8, 2K).
     """
 
     def __init__(self, img_name_list_path, label_la_dir, label_ha_dir, cropsize, voc12_root, radius=5,
-                 num_classes=len(CAT_LIST), joint_transform_list=(), img_transform_list=(), label_transform_list=()):
+                 num_classes=len(CAT_LIST), transforms=()):
         super().__init__(img_name_list_path, voc12_root)
         self.label_dirs = {'--la_crf_dir': label_la_dir, '--ha_crf_dir': label_ha_dir}
-        self.num_classes = num_classes
-        self.transforms = list(zip(joint_transform_list, img_transform_list, label_transform_list))
+        self.num_classes, self.transforms = num_classes, transforms
         cells = cropsize // STRIDE
         self.extract_aff_label = ExtractAffinityLabelInRadius(cells, fit_radius(cells, cells, radius))
         for flag, folder in self.label_dirs.items():
@@ -136,16 +134,10 @@ class VOC12AffDataset(VOC12ImageDataset):
 
     def __getitem__(self, idx):
         name, img = super().__getitem__(idx)
-        label = self.read_scores(name, img.size[::-1])
-        for joint_transform, img_transform, label_transform in self.transforms:
-            if joint_transform:
-                both = joint_transform(np.concatenate([img, label], axis=-1))
-                img, label = both[..., :3], both[..., 3:]
-            if img_transform:
-                img = img_transform(img)
-            if label_transform:
-                label = label_transform(label)
-        return name, img, self.extract_aff_label(fuse_crf_labels(label))
+        scores = self.read_scores(name, img.size[::-1])
+        for transform in self.transforms:
+            img, scores = transform(img, scores)
+        return name, imutils.HWC_to_CHW(img), self.extract_aff_label(fuse_crf_labels(scores))
 
 
 class VOC12SegDataset(VOC12ImageDataset):
@@ -162,8 +154,8 @@ class VOC12SegDataset(VOC12ImageDataset):
         return os.path.join(self.label_dir, name + '.png')
 
     def read_label(self, name, size):
-        """uint8 (H, W) of an image of that size, perhaps 255 at every pixel, as infer_aff.py --ignore_below writes where
-        it is sure of nothing. Raises BadInput for what cannot be trained on."""
+        """uint8 (H, W) of an image of that size; perhaps 255 at every pixel, as infer_aff.py --ignore_below writes it
+        where no pixel is sure. Raises BadInput for what cannot be trained on."""
         path = self.label_path(name)
         label = image_files.read_label_map(path, '--label_dir')
         if label.shape != size:

@@ -292,8 +292,7 @@ def bench_train(args):
         get_device(args.device.type, tf32)
         set_seed(0)             # dropout
         if amp:
-            flags = train_SEAM.get_args_parser().parse_args(['--amp', amp])
-            terms = train_SEAM.forward_losses(net, img, label, flags)[0]
+            terms = train_SEAM.forward_losses(net, img, label, amp=amp)[0]
         else:
             second = train_SEAM.second_view(img)
             terms = train_SEAM.seam_loss(*reference_maps(net, img), *reference_maps(net, second), label)
@@ -329,9 +328,9 @@ def bench_aff_data(args, files=8):
         names = write_files(root, files, h, w)
         dataset = VOC12AffDataset(        # as in train_aff.py
             f'{root}/list.txt', *(f'{root}/{alpha}' for alpha in ALPHAS), CROP, root,
-            joint_transform_list=[None, None, imutils.RandomCrop(CROP), imutils.RandomHorizontalFlip()],
-            img_transform_list=[jitter, np.asarray, imutils.normalize, imutils.HWC_to_CHW],
-            label_transform_list=[None, None, None, imutils.AvgPool2d(STRIDE)])
+            transforms=[imutils.OnImage(jitter), imutils.OnBoth(imutils.RandomCrop(CROP)),
+                        imutils.OnImage(imutils.normalize), imutils.OnBoth(imutils.RandomHorizontalFlip()),
+                        imutils.OnLabel(imutils.AvgPool2d(STRIDE))])
 
         def run(sample):
             set_seed(0)
