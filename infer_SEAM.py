@@ -13,15 +13,16 @@ from tool import crf, image_files, imutils, score_files, visualization
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
-from tool.outputs import (Errors, ResultFolder, SpaceCheck, describe_folder, no_more_than_a_warning, open_folders,
-                          warn_of_background)
+from tool.on_error import Errors, no_more_than_a_warning
+from tool.outputs import ResultFolder, SpaceCheck, describe_folder, open_folders, warn_of_background
 from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
-from voc12.lists import get_img_path, load_class_names
+from voc12.lists import load_class_names
 
 LARGE_VIEW = 3 * 360 * 360      # numbers; batching a larger view with its mirror needs twice the memory, no less time
-MEMORY_HELP = 'smaller --scales, --amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf'
+MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf (both work with --resume); smaller '
+               '--scales and --amp bf16 (they change the results: leave --resume out)')
 
 
 def grad_cam(net, x, plus):
@@ -52,13 +53,14 @@ def class_maps(net, x, kind):
 def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device='cpu', amp='off'):
     """Sum of one image's maps over its views.
 
-    views: normalised (3, h, w) tensors, every second one the mirror of the one before, which only counts with `flip`.
-    classes: foreground classes 0..C-1 to keep. size: (H, W) of the image. kind: see `class_maps`.
+    views: normalised (3, h, w) tensors, one for each scale. classes: foreground classes 0..C-1 to keep. size: (H, W) of
+    the image. kind: see `class_maps`. flip: run each view with its mirror image, as one batch.
     Returns float32 (classes, H, W).
     """
     total = np.zeros((len(classes), *size), np.float32)
-    for view, mirrored in zip(views[::2], views[1::2]):
-        x = torch.stack([view, mirrored] if flip else [view]).to(device, non_blocking=True)
+    for view in views:
+        view = view.to(device, non_blocking=True)
+        x = torch.stack([view, view.flip(-1)] if flip else [view])
         batch = 1 if view.numel() > LARGE_VIEW else 2
         with autocast(x.device, amp):
             cam = torch.cat([class_maps(net, part, kind) for part in x.split(batch)])
@@ -69,16 +71,6 @@ def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device=
         if flip:
             total += cam[1, ..., ::-1]
     return total
-
-
-def compute_cams(net, name, views, label, size, args, device):
-    """CAM dict {class: float32 (H, W)} of the classes in an image's multi-hot label (C,), as it is saved: see
-    `multi_scale_cam` and `normalize_cam`. Raises BadInput for NaN and infinite maps."""
-    classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
-    cam = multi_scale_cam(net, views, classes, size, args.map, args.flip, device, args.amp)
-    if not np.isfinite(cam).all():
-        raise BadInput(f'the maps of {name} are NaN or infinite (--weights {args.weights}, --amp {args.amp})')
-    return dict(zip(classes, normalize_cam(cam)))
 
 
 def normalize_cam(cam):
@@ -106,12 +98,13 @@ def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cp
     return [dict(zip([0] + [key + 1 for key in cam_dict], posterior)) for posterior in posteriors]
 
 
-def write_crf(cam_dict, alphas, orig_img, paths, dtype, backend, device):
-    """Writes the CRF scores of one image, a file for each alpha; the job of a worker process. Returns for each alpha
-    the share of pixels that are background."""
+def write_crf(name, cam_dict, alphas, orig_img, folders, dtype, backend, device):
+    """Writes the CRF scores of the image `name`, a file for each alpha into its ResultFolder; the job of a worker
+    process. Returns for each alpha the share of pixels that are background."""
     shares = []
-    for path, scores in zip(paths, crf_with_alphas(cam_dict, alphas, orig_img, backend, device)):
-        score_files.save_scores(path, scores, dtype)
+    for folder, scores in zip(folders, crf_with_alphas(cam_dict, alphas, orig_img, backend, device)):
+        with folder.writing(name) as path:
+            score_files.save_scores(path, scores, dtype)
         shares.append((score_files.strongest_label(scores) == 0).mean())
     return shares
 
@@ -182,25 +175,6 @@ def check_args(args):
         raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
 
 
-def result_folders(args, class_names):
-    """Lists of the ResultFolders of the CAMs, of the label maps (both of one, or empty), and of each CRF alpha.
-    Their settings are all that the files depend on; the CRF backend is not among them: both give the same scores."""
-    if args.cam_dir:
-        settings = describe_folder(args.cam_dir, 'cam_dir')
-    else:
-        settings = {key: getattr(args, key) for key in ('network', 'scales', 'flip', 'map', 'pcm', 'amp')}
-        settings.update(weights=file_digest(args.weights), class_names=class_names,
-                        cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
-    of_dicts = {**settings, 'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}
-    of_labels = {**settings, 'background_score': args.out_cam_pred_alpha}
-    extension = '.' + args.cam_format
-    return ([ResultFolder(args.out_cam, '--out_cam', extension, of_dicts)] if args.out_cam else [],
-            [ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png', of_labels)] if args.out_cam_pred else [],
-            [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
-                          {**of_dicts, 'alpha': alpha, 'crf': crf.describe_crf()})
-             for alpha in (args.crf_alpha if args.out_crf else [])])
-
-
 def save_picture(path, orig_img, cam_dict, class_names, background_score):
     """Writes the image, its maps and their labels side by side."""
     labels = label_map(cam_dict, background_score)
@@ -228,9 +202,23 @@ def main(args):
             num_classes=len(class_names), pcm=args.pcm == 'on' and args.map == 'cam_rv')
         load_trained(net, args.weights, device)
 
-    # ----- outputs -----
-    cam_folders, label_folders, crf_folders = result_folders(args, class_names)
-    folders = cam_folders + label_folders + crf_folders
+    # ----- outputs: None or [] for what is not asked for -----
+    if args.cam_dir:
+        settings = describe_folder(args.cam_dir, 'cam_dir')
+    else:
+        settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'map', 'pcm', 'amp')}
+        settings.update(weights=file_digest(args.weights), class_names=class_names,
+                        cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
+    label_settings = {**settings, 'background_score': args.out_cam_pred_alpha}
+    settings.update(cam_dtype=args.cam_dtype, cam_format=args.cam_format)
+    extension = '.' + args.cam_format
+    cam_folder = ResultFolder(args.out_cam, '--out_cam', extension, settings) if args.out_cam else None
+    label_folder = (ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png', label_settings)
+                    if args.out_cam_pred else None)
+    crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
+                                {**settings, 'alpha': alpha, 'crf': crf.describe_crf(crf.CAM_CRF)})
+                   for alpha in (args.crf_alpha if args.out_crf else [])]
+    folders = [folder for folder in (cam_folder, label_folder, *crf_folders) if folder]
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
     todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume, [args.cam_dir])
     if args.vis_dir:
@@ -241,27 +229,33 @@ def main(args):
 
     # ----- inference -----
     with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
-        for name, *item in read_items(dataset, todo, errors, args.num_workers, device, 'CAM'):
+        for name, img, *item in read_items(dataset, todo, errors, args.num_workers, device, 'CAM'):
             with errors.caught(name):
+                orig_img = img.numpy()                                          # uint8 (H, W, 3)
+                size = orig_img.shape[:2]
                 if args.cam_dir:
-                    orig_img = item[0].numpy()
-                    cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', orig_img.shape[:2],
-                                                        len(class_names))
+                    cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', size, len(class_names))
                 else:
-                    orig_img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
-                    cam_dict = compute_cams(net, name, *item, orig_img.shape[:2], args, device)
-                for folder in cam_folders:
-                    score_files.save_scores(folder.file(name), cam_dict, args.cam_dtype)
-                for folder in label_folders:
-                    image_files.save_label_map(folder.file(name), label_map(cam_dict, args.out_cam_pred_alpha))
+                    views, label = item
+                    classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
+                    cam = multi_scale_cam(net, views, classes, size, args.map, args.flip, device, args.amp)
+                    if not np.isfinite(cam).all():
+                        raise BadInput(f'the maps of {name} are NaN or infinite (--weights {args.weights}, --amp '
+                                       f'{args.amp})')
+                    cam_dict = dict(zip(classes, normalize_cam(cam)))
+                if cam_folder:
+                    with cam_folder.writing(name) as path:
+                        score_files.save_scores(path, cam_dict, args.cam_dtype)
+                if label_folder:
+                    with label_folder.writing(name) as path:
+                        image_files.save_label_map(path, label_map(cam_dict, args.out_cam_pred_alpha))
                 if name in pictured:
                     with no_more_than_a_warning(f'no picture of {name}'):
                         save_picture(os.path.join(args.vis_dir, name + '.jpg'), orig_img, cam_dict, class_names,
                                      args.out_cam_pred_alpha)
                 if crf_folders:
-                    paths = [folder.file(name) for folder in crf_folders]
-                    pool.submit(write_crf, cam_dict, args.crf_alpha, orig_img, paths, args.cam_dtype, backend, device,
-                                name=name)
+                    pool.submit(write_crf, name, cam_dict, args.crf_alpha, orig_img, crf_folders, args.cam_dtype,
+                                backend, device, name=name)
                 space.count_image()
     for index, folder in enumerate(crf_folders):
         warn_of_background([shares[index] for shares in pool.results], folder.path, '--crf_alpha')

@@ -15,14 +15,15 @@ from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir, str2bool
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
-from tool.outputs import Errors, ResultFolder, describe_folder, no_more_than_a_warning, open_folders, warn_of_background
+from tool.on_error import Errors, no_more_than_a_warning
+from tool.outputs import ResultFolder, SpaceCheck, describe_folder, open_folders, warn_of_background
 from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import VOC12ImageDataset
 from voc12.lists import get_img_path, load_class_names
 
-CRF_ITERATIONS = 1
-MEMORY_HELP = '--amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf'
+MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf (both work with --resume); --amp bf16 '
+               '(it changes the results: leave --resume out)')
 
 
 def class_scores(cam_dict, alpha, size):
@@ -68,25 +69,45 @@ def crf_disagreement(name, folders, size, num_classes):
     return score_files.strongest_label(low) != score_files.strongest_label(high)
 
 
-def write_labels(path, scores, present, img, ignored, num_classes, backend, device, args):
-    """Writes the pseudo label of one image; the job of a worker process where there is a CRF.
+def refine_walk(scores, present, img, num_classes, backend, device):
+    """The CRF of the walk's scores, float32 (K, H, W) as they are, for the labels `present`; absent labels take part
+    with 0. img: the normalised image, float32 (3, H, W)."""
+    everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
+    everything[present] = scores
+    return crf.crf_inference(imutils.denormalize(img), everything, crf.WALK_CRF.iterations,
+                             kernels=crf.WALK_CRF.kernels, backend=backend, device=device)[present]
+
+
+def normalize_scores(scores):
+    """float32 (K, H, W), background first -> the same, >= 0, with a sum of 1 at each pixel; where no score is above 0,
+    the background is 1."""
+    scores = np.maximum(scores, 0)
+    scores[0, scores.max(axis=0) == 0] = 1
+    return scores / scores.sum(axis=0)
+
+
+def write_results(name, scores, present, img, ignored, num_classes, label_folder, score_folder, use_crf, ignore_below,
+                  backend, device):
+    """Writes the pseudo label of the image `name` and, where there is a score_folder, its scores; the job of a worker
+    process where there is a CRF.
 
     scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
     image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case. Returns the share of pixels that
     are background.
     """
-    if args.crf:
-        everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)     # absent classes take part with 0
-        everything[present] = scores
-        scores = crf.crf_inference(imutils.denormalize(img), everything, CRF_ITERATIONS, backend=backend,
-                                   device=device)[present]
+    if use_crf:
+        scores = refine_walk(scores, present, img, num_classes, backend, device)
     h, w = ignored.shape
     scores = scores[:, :h, :w]
     labels = np.array(present)[scores.argmax(axis=0)]
     share = (labels == 0).mean()
-    unsure = scores.max(axis=0) < args.ignore_below * np.maximum(scores, 0).sum(axis=0)
+    unsure = scores.max(axis=0) < ignore_below * np.maximum(scores, 0).sum(axis=0)
     labels[ignored | unsure] = image_files.IGNORE
-    image_files.save_label_map(path, labels)
+    with label_folder.writing(name) as path:
+        image_files.save_label_map(path, labels)
+    if score_folder:
+        with score_folder.writing(name) as path:
+            score_files.save_scores(path, dict(zip(present, normalize_scores(scores))))
     return share
 
 
@@ -115,6 +136,7 @@ def get_args_parser():
     add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
     # outputs
     add('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
+    add('--out_prob', help='folder for the scores behind the labels, NAME.npy, in the format of the CRF dicts')
     add('--ignore_below', default=0.0, type=float, help='255 where the winning class has less than this share')
     add('--ignore_crf', nargs=2, metavar=('LA', 'HA'), help='255 where the labels of these two CRF folders differ')
     add('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
@@ -135,30 +157,27 @@ def check_args(args):
         check_dir(folder, '--ignore_crf')
 
 
-def walk_image(net, name, img, cam_dict, args, device):
+def walk_image(net, img, cam_dict, alpha, beta, logt, device='cpu', amp='off'):
     """The random walk of one image. img: normalised (3, H, W), sides multiples of STRIDE; cam_dict: its CAMs, up to
-    STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first.
-    Raises BadInput for a walk that ends in NaN or infinite scores."""
-    scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, args.alpha, img.shape[1:])).to(device), STRIDE)
-    with autocast(device, args.amp):
-        aff = net(img[None].to(device))
+    STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first."""
+    img = img.to(device)
+    scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, alpha, img.shape[1:])).to(device), STRIDE)
+    with autocast(img.device, amp):
+        aff = net(img[None])
     radius = fit_radius(*scores.shape[1:], net.radius)
-    scores = random_walk(scores, aff.float(), radius, args.beta, args.logt)
-    if not scores.isfinite().all():
-        raise BadInput(f'the random walk of {name} ends in NaN or infinite scores '
-                       f'(--weights {args.weights}, --cam_dir {args.cam_dir}, --amp {args.amp})')
+    scores = random_walk(scores, aff.float(), radius, beta, logt)
     return F.interpolate(scores[None], img.shape[1:], mode='bilinear', align_corners=False)[0].cpu().numpy()
 
 
-def save_pictures(names, folder, args):
-    """Writes images and their pseudo labels side by side."""
+def save_pictures(names, folder, voc12_root, vis_dir):
+    """Writes images and their pseudo labels, of a ResultFolder, side by side."""
     for name in names:
         if not os.path.isfile(folder.file(name)):       # it was skipped, or is another rank's
             continue
         with no_more_than_a_warning(f'no picture of {name}'):
-            img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
-            labels = visualization.labels_on_image(img, image_files.read_label_map(folder.file(name), '--out_rw'))
-            visualization.save_picture(os.path.join(args.vis_dir, name + '.jpg'), [img, labels], ['image', 'label'])
+            img = np.asarray(image_files.read_image(get_img_path(name, voc12_root)))
+            labels = visualization.labels_on_image(img, image_files.read_label_map(folder.file(name), folder.flag))
+            visualization.save_picture(os.path.join(vis_dir, name + '.jpg'), [img, labels], ['image', 'label'])
 
 
 @torch.inference_mode()
@@ -177,16 +196,21 @@ def main(args):
     net = load_trained(import_network(args.network, 'radius', args.backbone)(), args.weights, device)
 
     # ----- outputs -----
-    settings = {key: getattr(args, key) for key in ('network', 'alpha', 'beta', 'logt', 'amp', 'ignore_below')}
-    settings.update(weights=file_digest(args.weights), crf=crf.describe_crf(CRF_ITERATIONS) if args.crf else None)
-    for flag, path in zip(('cam_dir', 'ignore_crf LA', 'ignore_crf HA'), (args.cam_dir, *(args.ignore_crf or ()))):
-        settings.update(describe_folder(path, flag))
-    folder = ResultFolder(args.out_rw, '--out_rw', '.png', settings)
+    settings = {key: getattr(args, key) for key in ('network', 'backbone', 'alpha', 'beta', 'logt', 'amp')}
+    settings.update(weights=file_digest(args.weights), crf=crf.describe_crf(crf.WALK_CRF) if args.crf else None,
+                    **describe_folder(args.cam_dir, 'cam_dir'))
+    label_settings = {**settings, 'ignore_below': args.ignore_below}
+    for flag, path in zip(('ignore_crf LA', 'ignore_crf HA'), args.ignore_crf or ()):
+        label_settings.update(describe_folder(path, flag))
+    label_folder = ResultFolder(args.out_rw, '--out_rw', '.png', label_settings)
+    score_folder = ResultFolder(args.out_prob, '--out_prob', '.npy', settings) if args.out_prob else None
+    folders = [folder for folder in (label_folder, score_folder) if folder]
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
-    todo = open_folders([folder], names[rank::ranks], args.resume, [args.cam_dir, *(args.ignore_crf or ())])
+    todo = open_folders(folders, names[rank::ranks], args.resume, [args.cam_dir, *(args.ignore_crf or ())])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     errors = Errors(args.on_error, MEMORY_HELP)
+    space = SpaceCheck(folders, todo)
 
     # ----- inference -----
     with BoundedPool(crf.choose_crf_workers(args.crf_workers, backend, device), errors) as pool:
@@ -198,13 +222,17 @@ def main(args):
                 if args.ignore_crf:
                     ignored = crf_disagreement(name, args.ignore_crf, (h, w), num_classes)
                 img = F.pad(img, (0, -w % STRIDE, 0, -h % STRIDE))
-                scores = walk_image(net, name, img, cam_dict, args, device)
+                scores = walk_image(net, img, cam_dict, args.alpha, args.beta, args.logt, device, args.amp)
+                if not np.isfinite(scores).all():
+                    raise BadInput(f'the random walk of {name} ends in NaN or infinite scores (--weights '
+                                   f'{args.weights}, --cam_dir {args.cam_dir}, --amp {args.amp})')
                 present = [0] + [key + 1 for key in sorted(cam_dict)]
-                pool.submit(write_labels, folder.file(name), scores, present, img.numpy(), ignored, num_classes,
-                            backend, device, args, name=name)
+                pool.submit(write_results, name, scores, present, img.numpy(), ignored, num_classes, label_folder,
+                            score_folder, args.crf, args.ignore_below, backend, device, name=name)
+                space.count_image()
     if args.vis_dir:
-        save_pictures(names[:args.vis_count], folder, args)
-    warn_of_background(pool.results, folder.path, '--alpha')
+        save_pictures(names[:args.vis_count], label_folder, args.voc12_root, args.vis_dir)
+    warn_of_background(pool.results, label_folder.path, '--alpha')
     sys.exit(errors.report())
 
 

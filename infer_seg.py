@@ -9,19 +9,20 @@ import torch.nn.functional as F
 from network.weights import load_trained
 from tool import imutils
 from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network
-from tool.crf import Kernels, choose_crf_backend, choose_crf_workers, crf_inference, describe_crf
+from tool.crf import SEGMENTATION_CRF, choose_crf_backend, choose_crf_workers, crf_inference, describe_crf
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.image_files import save_label_map
-from tool.outputs import Errors, ResultFolder, SpaceCheck, open_folders
+from tool.on_error import Errors
+from tool.outputs import ResultFolder, SpaceCheck, open_folders
 from tool.score_files import save_scores
 from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import VOC12ImageDataset
 from voc12.lists import load_class_names
 
-MEMORY_HELP = 'smaller --scales, --amp bf16, --device cpu; for the CRF on a GPU --crf_backend pydensecrf'
-CRF_STEPS, CRF_KERNELS = 1, Kernels(sxy_bilateral=32)       # as published; one iteration, and a smaller kernel
+MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf (both work with --resume); smaller '
+               '--scales and --amp bf16 (they change the results: leave --resume out)')
 
 
 @torch.inference_mode()
@@ -42,18 +43,22 @@ def multi_scale_probability(net, img, scales, flip=True, device='cpu', amp='off'
     return F.softmax(total[0] / passes, dim=0).cpu().numpy()
 
 
-def write_results(prob, img, label_path, prob_path, crf, backend, device):
-    """Writes label map and probabilities of one image; the job of a worker process where there is a CRF.
+def write_results(name, prob, img, label_folder, prob_folder, use_crf, backend, device):
+    """Writes label map and probabilities of the image `name`, each into its ResultFolder, None for what is not asked
+    for; the job of a worker process where there is a CRF.
 
-    prob: float32 (1+C, H, W); img: float32 (H, W, 3), normalised; a path is None for what is not asked for.
+    prob: float32 (1+C, H, W); img: float32 (H, W, 3), normalised.
     """
-    if crf:
+    if use_crf:
         orig_img = imutils.denormalize(imutils.HWC_to_CHW(img))     # a tenth of the values end 1 lower, as published
-        prob = crf_inference(orig_img, prob, CRF_STEPS, kernels=CRF_KERNELS, backend=backend, device=device)
-    if label_path:
-        save_label_map(label_path, prob.argmax(axis=0))
-    if prob_path:
-        save_scores(prob_path, dict(enumerate(prob)))
+        prob = crf_inference(orig_img, prob, SEGMENTATION_CRF.iterations, kernels=SEGMENTATION_CRF.kernels,
+                             backend=backend, device=device)
+    if label_folder:
+        with label_folder.writing(name) as path:
+            save_label_map(path, prob.argmax(axis=0))
+    if prob_folder:
+        with prob_folder.writing(name) as path:
+            save_scores(path, dict(enumerate(prob)))
 
 
 def get_args_parser():
@@ -112,7 +117,7 @@ def main(args):
     # ----- outputs -----
     settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'amp')}
     settings.update(weights=file_digest(args.weights), class_names=class_names,
-                    crf=describe_crf(CRF_STEPS, CRF_KERNELS) if args.crf == 'on' else None)
+                    crf=describe_crf(SEGMENTATION_CRF) if args.crf == 'on' else None)
     label_folder = ResultFolder(args.out_seg, '--out_seg', '.png', settings) if args.out_seg else None
     prob_folder = ResultFolder(args.out_prob, '--out_prob', '.npy', settings) if args.out_prob else None
     folders = [folder for folder in (label_folder, prob_folder) if folder]
@@ -129,8 +134,8 @@ def main(args):
                 prob = multi_scale_probability(net, img, args.scales, args.flip, device, args.amp)
                 if not np.isfinite(prob).all():
                     raise BadInput(f'the probabilities of {name} are NaN (--weights {args.weights}, --amp {args.amp})')
-                pool.submit(write_results, prob, img, label_folder and label_folder.file(name),
-                            prob_folder and prob_folder.file(name), args.crf == 'on', backend, device, name=name)
+                pool.submit(write_results, name, prob, img, label_folder, prob_folder, args.crf == 'on', backend,
+                            device, name=name)
                 space.count_image()
     sys.exit(errors.report())
 

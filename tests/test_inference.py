@@ -1,5 +1,4 @@
 """Inference that stops and goes on, skips, shards, and its switches."""
-import argparse
 import contextlib
 import json
 import os
@@ -21,8 +20,10 @@ import infer_aff
 from conftest import ROOT
 from network import slim_SEAM, slim_aff
 from test_scripts import AFF, SEAM, done, refused, run
-from tool import outputs, score_files, torchutils, training, visualization, workers
+from tool import crf, image_files, outputs, score_files, torchutils, training, visualization, workers
 from tool.cli import BadInput, CannotWrite
+from tool.on_error import Errors
+from voc12.data import VOC12ClsDatasetMSF
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
@@ -57,7 +58,10 @@ def names_of(root):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """name -> bytes of the files in a folder, without the journal, which depends on the order of the work, and without
+    what a killed process was writing."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.name != outputs.JOURNAL and not path.name.startswith('.')}
 
 
 # ----- going on -----
@@ -100,13 +104,32 @@ def test_resume_in_a_folder_of_other_settings_is_refused_and_named(data):
     assert contents(data / 'cam') == before
 
 
-def test_resume_on_results_of_unknown_settings_is_refused(data, tmp_path):
-    (tmp_path / 'cam').mkdir()
-    (tmp_path / 'cam' / 'x.npy').write_bytes(b'')
-    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), 'no settings.json', '--resume')
+@pytest.mark.parametrize('missing', [outputs.SETTINGS, outputs.JOURNAL])
+def test_resume_on_results_of_unknown_origin_is_refused(data, tmp_path, missing):
+    shutil.copytree(data / 'cam', tmp_path / 'cam')
+    (tmp_path / 'cam' / missing).unlink()
+    before = contents(tmp_path / 'cam')
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), '--out_cam', missing, '--resume')
+    assert contents(tmp_path / 'cam') == before
+    assert missing in done(cams(data, '--out_cam', tmp_path / 'cam'))
+    assert '7 of 7 images are finished' in done(cams(data, '--out_cam', tmp_path / 'cam', '--resume'))
+
+
+def test_resume_on_settings_that_cannot_be_read_is_refused(data, tmp_path):
+    shutil.copytree(data / 'cam', tmp_path / 'cam')
     (tmp_path / 'cam' / outputs.SETTINGS).write_text('{')
-    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), 'settings.json', '--resume')
-    assert 'other settings' in done(cams(data, '--out_cam', tmp_path / 'cam'))
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), outputs.SETTINGS, '--resume')
+
+
+def test_resume_with_another_backbone_is_refused(data, tmp_path):
+    for folder in 'cam', 'rw':
+        shutil.copytree(data / folder, tmp_path / folder)
+        path = tmp_path / folder / outputs.SETTINGS
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({**settings, 'backbone': 'resnet18'}))
+    for result in (cams(data, '--out_cam', tmp_path / 'cam', '--resume'),
+                   walk(data, '--out_rw', tmp_path / 'rw', '--resume')):
+        refused(result, 'backbone was resnet18, is None')
 
 
 def test_resume_compares_what_a_folder_holds_and_not_how_its_path_is_spelled(data, tmp_path):
@@ -156,47 +179,98 @@ def test_starting_anew_says_so_and_replaces_file_by_file(data, tmp_path):
     assert [path.name for path in cam.glob('*.npy')] == ['other.npy'] and len(list(cam.glob('*.npz'))) == 7
 
 
+def open_folder(path, scales=1, names='abc', resume=False):
+    """A ResultFolder of these settings, opened for a run over `names`, and the names that are to do."""
+    folder = outputs.ResultFolder(str(path), '--out_cam', '.npy', {'scales': scales})
+    return folder, outputs.open_folders([folder], list(names), resume)
+
+
+def write(folder, names):
+    for name in names:
+        with folder.writing(name) as path, open(path, 'wb') as file:
+            file.write(b'whole.')
+
+
+def todo(path, scales=1, names='abc'):
+    return ''.join(open_folder(path, scales, names, resume=True)[1])
+
+
 @pytest.mark.parametrize('kill_at', ['first file', 'settings', 'second rank'])
 def test_killed_while_starting_anew_leaves_no_old_file_that_passes_for_a_new_one(tmp_path, monkeypatch, kill_at):
-    names, folder = ['a', 'b', 'c'], str(tmp_path)
+    write(open_folder(tmp_path, 1)[0], 'abc')
+    assert todo(tmp_path, 1) == ''
 
-    def open_folder(scales, names=names, resume=False):
-        result = outputs.ResultFolder(folder, '--out_cam', '.npy', {'scales': scales})
-        return result, outputs.open_folders([result], names, resume)
-
-    def write(result, names):
-        for name in names:
-            (tmp_path / f'{name}.npy').write_bytes(b'whole.')
-    write(*open_folder([1]))
-    assert open_folder([1], resume=True)[1] == []
-
-    if kill_at == 'settings':       # the dates are set, the settings are still the old ones
+    if kill_at == 'settings':       # the journal is empty, the settings are still the old ones
         with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
             patch.setattr(outputs, 'atomic_write', lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-            open_folder([2])
-        assert open_folder([1], resume=True)[1] == names
+            open_folder(tmp_path, 2)
+        assert todo(tmp_path, 1) == 'abc'
     elif kill_at == 'first file':
-        result, todo = open_folder([2])
-        assert todo == names and len(list(tmp_path.glob('*.npy'))) == 3     # the old ones can still be read
-        write(result, ['b'])
-        assert open_folder([2], resume=True)[1] == ['a', 'c']
+        folder, names = open_folder(tmp_path, 2)
+        assert names == list('abc') and len(list(tmp_path.glob('*.npy'))) == 3      # the old ones can still be read
+        write(folder, 'b')
+        assert todo(tmp_path, 2) == 'ac'
     else:                           # has not begun when the first one is killed
-        result, todo = open_folder([2], names=['a', 'c'])
-        write(result, ['a'])
-        assert open_folder([2], resume=True)[1] == ['b', 'c']
-        write(*open_folder([2], names=['b']))       # it begins later, anew: what the first one has made stays
-        assert open_folder([2], resume=True)[1] == ['c']
+        folder, _ = open_folder(tmp_path, 2, names='ac')
+        write(folder, 'a')
+        assert todo(tmp_path, 2) == 'bc'
+        write(open_folder(tmp_path, 2, names='b')[0], 'b')      # it begins later, anew: what the first one made stays
+        assert todo(tmp_path, 2) == 'c'
 
 
-def test_anew_after_an_edit_of_the_code_and_killed(tmp_path):
-    """The settings are the same, the results are not."""
-    result = outputs.ResultFolder(str(tmp_path), '--out_cam', '.npy', {})
-    for name in 'abc':
-        (tmp_path / f'{name}.npy').write_bytes(b'whole.')
-    outputs.open_folders([result], [], False)
-    outputs.open_folders([result], ['a', 'b'], False)
-    (tmp_path / 'a.npy').write_bytes(b'new.')
-    assert outputs.open_folders([result], ['a', 'b', 'c'], True) == ['b', 'c']
+def test_a_run_anew_with_the_same_settings_forgets_its_images_and_no_others(tmp_path):
+    """The settings are the same after an edit of the code, the results are not."""
+    write(open_folder(tmp_path)[0], 'abc')
+    folder, names = open_folder(tmp_path, names='ab')
+    assert names == ['a', 'b']
+    write(folder, 'a')
+    assert todo(tmp_path) == 'b'
+
+
+def test_file_without_its_line_in_the_journal_is_made_again(tmp_path):
+    """Killed between the two. The other way round, the file is missing or of another size: a copy that was cut."""
+    write(open_folder(tmp_path)[0], 'ab')
+    (tmp_path / 'c.npy').write_bytes(b'whole.')
+    (tmp_path / 'b.npy').write_bytes(b'who')
+    assert todo(tmp_path) == 'bc'
+    (tmp_path / 'a.npy').unlink()
+    assert todo(tmp_path) == 'abc'
+
+
+@pytest.mark.parametrize('cut', range(1, 10))
+def test_torn_last_line_of_the_journal_counts_for_nothing(tmp_path, cut):
+    write(open_folder(tmp_path, names=['n', 'n1', 'n12'])[0], ['n', 'n12'])
+    (tmp_path / 'n1.npy').write_bytes(b'whole.')                 # of an earlier run
+    journal = tmp_path / outputs.JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    folder, names = open_folder(tmp_path, names=['n', 'n1', 'n12'], resume=True)
+    assert names == (['n1'] if cut == 1 else ['n', 'n1', 'n12'] if cut > 7 else ['n1', 'n12'])
+    write(folder, names)
+    assert open_folder(tmp_path, names=['n', 'n1', 'n12'], resume=True)[1] == []
+
+
+def test_journal_survives_a_copy_without_dates(tmp_path):
+    write(open_folder(tmp_path / 'a')[0], 'ab')
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b', copy_function=shutil.copyfile)
+    for path in (tmp_path / 'b').iterdir():
+        os.utime(path, (0, 0))
+    assert todo(tmp_path / 'b') == 'c'
+
+
+def test_processes_that_share_a_journal_lose_no_line(tmp_path):
+    folder, _ = open_folder(tmp_path, names=())
+    names = [f'n{number}' for number in range(100)]
+    with workers.BoundedPool(2) as pool:
+        for part in range(4):
+            pool.submit(write, folder, names[part::4])
+    assert folder.finished() == set(names)
+
+
+def test_nothing_is_finished_where_the_file_could_not_be_written(tmp_path):
+    folder, _ = open_folder(tmp_path)
+    with pytest.raises(CannotWrite), folder.writing('a'):
+        raise CannotWrite('full')
+    assert not folder.finished()
 
 
 def test_one_folder_for_two_outputs_is_refused(data, tmp_path):
@@ -221,8 +295,7 @@ def test_killed_run_goes_on_to_the_same_result(data, script, tmp_path):
         done(cams(data, '--out_cam', folder, '--resume'))
     else:
         done(walk(data, '--out_rw', folder, '--resume'))
-    whole = {name: value for name, value in contents(folder).items() if not name.startswith('.')}
-    assert whole == contents(data / {'infer_SEAM': 'cam', 'infer_aff': 'rw'}[script])
+    assert contents(folder) == contents(data / {'infer_SEAM': 'cam', 'infer_aff': 'rw'}[script])
 
 
 def test_full_disk_leaves_whole_files_alone(data, tmp_path, small_files):
@@ -266,15 +339,21 @@ def test_flags_of_the_walk_out_of_range(data, tmp_path, flags):
     refused(walk(data, '--out_rw', tmp_path / 'rw', *flags), flags[-2])
 
 
-def test_walk_of_nan_is_no_background(data, tmp_path):
+def test_walk_of_nan_is_no_background(data, tmp_path, monkeypatch):
     weights = torch.load(data / 'aff.pth', weights_only=True)
     weights['f9.weight'][0] = float('nan')
     net = slim_aff.Net().eval()
     net.load_state_dict(weights)
-    args = argparse.Namespace(alpha=6, beta=8, logt=2, amp='off', weights='aff.pth', cam_dir='cam')
-    with pytest.raises(BadInput, match='walk of x .* NaN .*--weights aff.pth'):
-        infer_aff.walk_image(net, 'x', torch.zeros(3, 64, 64), {0: np.ones((60, 62), np.float32)}, args,
-                             torch.device('cpu'))
+    with torch.no_grad():
+        scores = infer_aff.walk_image(net, torch.zeros(3, 64, 64), {0: np.ones((60, 62), np.float32)}, 6, 8, 2)
+    assert np.isnan(scores).any()
+    monkeypatch.setattr(infer_aff, 'walk_image', lambda *_: scores)
+    monkeypatch.chdir(data)
+    with pytest.raises(BadInput, match=f'walk of {names_of(data)[0]} .* NaN .*--weights aff.pth'):
+        infer_aff.main(infer_aff.get_args_parser().parse_args(
+            ['--network', AFF, '--weights', 'aff.pth', '--infer_list', LIST, '--cam_dir', 'cam', '--num_workers', '0',
+             '--out_rw', str(tmp_path / 'rw')]))
+    assert not list(tmp_path.glob('rw/*.png'))
 
 
 @pytest.mark.parametrize('error', [
@@ -282,9 +361,9 @@ def test_walk_of_nan_is_no_background(data, tmp_path):
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_names_the_image_and_the_flags_that_help(error):
     words = 'out of memory at the image n1; what helps: smaller --scales'
-    with pytest.raises(BadInput, match=words), outputs.Errors('stop', 'smaller --scales').caught('n1'):
+    with pytest.raises(BadInput, match=words), Errors('stop', 'smaller --scales').caught('n1'):
         raise error
-    errors = outputs.Errors('skip', 'smaller --scales')
+    errors = Errors('skip', 'smaller --scales')
     with errors.caught('n1'):
         raise error
     assert errors.lines == [words]
@@ -298,8 +377,8 @@ def test_out_of_memory_before_the_first_image_is_one_line(data, tmp_path, monkey
         monkeypatch.setattr(torch, 'load', run_out)
     else:
         monkeypatch.setattr(torch.nn.Module, 'to', run_out)
-    refused(cams(data, '--out_cam', tmp_path / 'cam'), 'out of memory; what helps: smaller --scales')
-    refused(walk(data, '--out_rw', tmp_path / 'rw'), 'out of memory; what helps: --amp bf16')
+    refused(cams(data, '--out_cam', tmp_path / 'cam'), 'out of memory', '--device cpu', '--scales', '--resume')
+    refused(walk(data, '--out_rw', tmp_path / 'rw'), 'out of memory', '--device cpu', '--amp bf16', '--resume')
 
 
 def test_missing_scores_are_found_before_the_work_starts(data, tmp_path):
@@ -330,7 +409,7 @@ def test_run_goes_on_past_the_image_for_which_memory_runs_out(data, tmp_path, mo
 @pytest.mark.parametrize('error, kept', [(BadInput('bad'), True), (CannotWrite('full'), False),
                                          (KeyError('bug'), False)])
 def test_skip_keeps_bad_images_and_stops_for_a_full_disk_and_for_bugs(error, kept):
-    errors = outputs.Errors('skip', '')
+    errors = Errors('skip', '')
     with contextlib.nullcontext() if kept else pytest.raises(type(error)):
         with errors.caught('x'):
             raise error
@@ -377,7 +456,7 @@ def fail(error):
 
 def test_errors_of_jobs_are_kept_under_the_names_of_their_images():
     for count in 0, 1:
-        errors = outputs.Errors('skip', 'less')
+        errors = Errors('skip', 'less')
         with workers.BoundedPool(count, errors) as pool:
             pool.submit(fail, MemoryError(), name='a')
             pool.submit(fail, BadInput('b is bad'), name='b')
@@ -386,7 +465,7 @@ def test_errors_of_jobs_are_kept_under_the_names_of_their_images():
 
 
 def test_killed_worker_is_one_line_even_with_skip():
-    errors = outputs.Errors('skip', '')
+    errors = Errors('skip', '')
     with pytest.raises(BadInput, match='CRF process was killed.*--crf_workers'):
         with workers.BoundedPool(1, errors) as pool:
             for name in 'abcdef':
@@ -555,6 +634,28 @@ def test_labels_that_are_not_sure_become_255(data, tmp_path):
         assert (sure[sure != 255] == plain[sure != 255]).all()
 
 
+def test_scores_of_the_walk_have_its_labels_and_sum_to_one(data, tmp_path):
+    done(walk(data, '--out_rw', tmp_path / 'rw', '--out_prob', tmp_path / 'prob', '--crf', '--ignore_below', 0.5))
+    done(run(data, 'evaluation', '--list', LIST, '--predict_dir', tmp_path / 'prob', '--type', 'crf', '--comment', 'x',
+             '--logfile', tmp_path / 'log'))
+    for name in names_of(data):
+        scores = score_files.load_scores(str(tmp_path / f'prob/{name}.npy'), '', 'crf')
+        classes = score_files.load_scores(str(data / f'cam/{name}.npy'), '', 'cam')
+        assert list(scores) == [0] + [key + 1 for key in classes]
+        assert score_files.sums_to_one(scores).all() and all(value.dtype == np.float32 for value in scores.values())
+        label = np.asarray(Image.open(tmp_path / f'rw/{name}.png'))
+        assert (score_files.strongest_label(scores) == label)[label != 255].all()
+    settings = json.loads((tmp_path / 'prob' / outputs.SETTINGS).read_text())
+    assert settings['crf'] == crf.describe_crf(crf.WALK_CRF) and 'ignore_below' not in settings
+    assert '7 of 7 images are finished' in done(walk(data, '--out_rw', tmp_path / 'rw', '--out_prob', tmp_path / 'prob',
+                                                     '--crf', '--ignore_below', 0.5, '--resume'))
+
+
+def test_scores_of_the_walk_where_nothing_is_above_zero_are_background():
+    scores = np.float32([[[0, 0, .2]], [[-.1, 0, .6]]])
+    assert np.allclose(infer_aff.normalize_scores(scores), [[[1, 1, .25]], [[0, 0, .75]]])
+
+
 # ----- maps -----
 
 @pytest.fixture(scope='module')
@@ -588,7 +689,7 @@ def test_large_views_go_one_by_one_to_the_same_maps(net, monkeypatch):
     hook = net.conv1a.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
     for limit in view.numel(), view.numel() - 1:
         monkeypatch.setattr(infer_SEAM, 'LARGE_VIEW', limit)
-        cams.append(infer_SEAM.multi_scale_cam(net, [view, view.flip(-1)], [2, 5], (50, 60)))
+        cams.append(infer_SEAM.multi_scale_cam(net, [view], [2, 5], (50, 60)))
     hook.remove()
     assert batches == [2, 1, 1] and np.abs(cams[0] - cams[1]).max() < 1e-5 * cams[0].max()
 
@@ -618,3 +719,34 @@ def test_flip_0_and_pcm_off_are_the_single_view_and_the_plain_cam(data, tmp_path
                            for folder in (tmp_path / 'single', tmp_path / 'plain', data / 'cam'))
     assert all(np.abs(single[key] - full[key]).max() > 1e-3 and np.abs(plain[key] - full[key]).max() > 1e-3
                for key in full)
+
+
+# ----- images -----
+
+def test_an_image_is_read_once_and_its_mirror_is_made_on_the_device(data, monkeypatch):
+    """The views are not doubled in the loader, and the image for CRF and pictures is not decoded a second time."""
+    monkeypatch.chdir(data)
+    reads, read_image = [], image_files.read_image
+    monkeypatch.setattr(image_files, 'read_image', lambda path: reads.append(path) or read_image(path))
+    dataset = VOC12ClsDatasetMSF(LIST, 'VOC2012', [0.5, 1], lambda img: np.asarray(img).transpose(2, 0, 1))
+    name, img, views, label = dataset[0]
+    assert name == names_of(data)[0] and len(reads) == 1
+    assert img.dtype == np.uint8 and img.shape == (64, 64, 3) and img.flags.writeable
+    assert [view.shape for view in views] == [(3, 32, 32), (3, 64, 64)] and label.shape == (20,)
+    assert (views[1].transpose(1, 2, 0) == img).all()
+
+
+def test_mirrored_view_adds_the_mirrored_maps(net):
+    view = torch.randn(3, 64, 80)
+    both, one, other = (infer_SEAM.multi_scale_cam(net, [x], [2, 5], (64, 80), flip=flip)
+                        for x, flip in ((view, True), (view, False), (view.flip(-1), False)))
+    assert np.abs(both - (one + other[..., ::-1])).max() < 1e-5 * both.max()
+
+
+# ----- the numbers of the CRF -----
+
+def test_the_three_uses_of_the_crf_have_the_published_numbers():
+    kernels = {'sxy_gauss': 3, 'compat_gauss': 3, 'sxy_bilateral': 80, 'srgb': 13, 'compat_bilateral': 10}
+    assert crf.describe_crf(crf.CAM_CRF) == {'iterations': 10, **kernels}
+    assert crf.describe_crf(crf.WALK_CRF) == {'iterations': 1, **kernels}
+    assert crf.describe_crf(crf.SEGMENTATION_CRF) == {'iterations': 1, **kernels, 'sxy_bilateral': 32}

@@ -10,11 +10,12 @@ import torch
 
 from conftest import GOLDEN, close, filled, golden
 from fill_weights import checksum
-from infer_seg import CRF_KERNELS, CRF_STEPS, multi_scale_probability, write_results
+from infer_seg import multi_scale_probability, write_results
 from network.resnet38_deeplab import Net
 from tool import imutils, metrics
-from tool.crf import crf_inference
+from tool.crf import SEGMENTATION_CRF, crf_inference
 from tool.image_files import read_label_map
+from tool.outputs import ResultFolder
 from tool.score_files import load_scores
 from tool.torchutils import PolyOptimizer, poly_lr
 from train_seg import segmentation_loss
@@ -276,20 +277,23 @@ def test_probabilities_and_labels(test_net, tmp_path, name):
     assert (prob.argmax(axis=0) != g[name + ':prob_argmax']).sum() <= 3
 
     assert (imutils.denormalize(imutils.HWC_to_CHW(img)) == g[name + ':crf_image']).all()
-    label_path, prob_path = str(tmp_path / 'a.png'), str(tmp_path / 'a.npy')
-    write_results(prob, img, label_path, prob_path, True, 'pydensecrf', 'cpu')
-    posterior = np.stack(list(load_scores(prob_path, '', 'crf').values()))
+    label_folder, prob_folder = (ResultFolder(str(tmp_path), '', extension, {}) for extension in ('.png', '.npy'))
+    write_results('a', prob, img, label_folder, prob_folder, True, 'pydensecrf', 'cpu')
+    posterior = np.stack(list(load_scores(prob_folder.file('a'), '', 'crf').values()))
     assert np.abs(posterior[:, ::4, ::4] - g[name + ':crf_sub4']).max() <= 2e-3
-    assert (read_label_map(label_path, '') != g[name + ':label']).sum() <= g[name + ':crf_margin_below_1e-3']
+    label = read_label_map(label_folder.file('a'), '')
+    assert (label != g[name + ':label']).sum() <= g[name + ':crf_margin_below_1e-3']
 
 
 @pytest.mark.skipif(not HAS_PYDENSECRF, reason='pydensecrf is not installed')
 def test_crf_of_recorded_probabilities():
     g = golden('g15_retrain_test')
-    posterior = crf_inference(g['raw_img'], g['raw_probs'], CRF_STEPS, kernels=CRF_KERNELS)
+    posterior = crf_inference(g['raw_img'], g['raw_probs'], SEGMENTATION_CRF.iterations,
+                              kernels=SEGMENTATION_CRF.kernels)
     assert np.abs(posterior[:, ::2, ::2] - g['raw_out_sub2']).max() <= 1e-5
     assert (posterior.argmax(axis=0) == g['raw_argmax']).all()
-    in_torch = crf_inference(g['raw_img'], g['raw_probs'], CRF_STEPS, kernels=CRF_KERNELS, backend='torch')
+    in_torch = crf_inference(g['raw_img'], g['raw_probs'], SEGMENTATION_CRF.iterations,
+                             kernels=SEGMENTATION_CRF.kernels, backend='torch')
     assert np.abs(in_torch - posterior).max() <= 1e-3
 
 

@@ -7,8 +7,6 @@ import numpy as np
 from tool.cli import BadInput
 from tool.workers import available_cores
 
-ITERATIONS = 10         # of mean field
-
 
 class Kernels(NamedTuple):
     """The Gaussian kernels of the CRF: those of AffinityNet, which the published numbers are of."""
@@ -19,9 +17,21 @@ class Kernels(NamedTuple):
     compat_bilateral: float = 10    # weight
 
 
-def describe_crf(t=ITERATIONS, kernels=Kernels()):
-    """The numbers of a CRF, for the settings of a result folder."""
-    return {'iterations': t, **kernels._asdict()}
+class CRF(NamedTuple):
+    """The numbers of one use of the CRF."""
+    iterations: int                 # of mean field
+    kernels: Kernels = Kernels()
+
+
+# as published
+CAM_CRF = CRF(iterations=10)                                                # infer_SEAM.py
+WALK_CRF = CRF(iterations=1)                                                # infer_aff.py
+SEGMENTATION_CRF = CRF(iterations=1, kernels=Kernels(sxy_bilateral=32))     # infer_seg.py
+
+
+def describe_crf(numbers=CAM_CRF):
+    """The numbers of a CRF as a dict, for the settings of a result folder."""
+    return {'iterations': numbers.iterations, **numbers.kernels._asdict()}
 
 
 def choose_crf_backend(backend):
@@ -53,8 +63,8 @@ def choose_crf_workers(workers, backend, device):
     return workers
 
 
-def crf_inference(img, probs, t=ITERATIONS, scale_factor=1, labels=None, kernels=Kernels(), backend='pydensecrf',
-                  device='cpu'):
+def crf_inference(img, probs, t=CAM_CRF.iterations, scale_factor=1, labels=None, kernels=CAM_CRF.kernels,
+                  backend='pydensecrf', device='cpu'):
     """The dense CRF of one set of scores, float32 (labels, H, W), whose number may be left out: see `crf_inferences`.
     Returns float32 (labels, H, W)."""
     if labels is not None and len(probs) != labels:
@@ -62,8 +72,8 @@ def crf_inference(img, probs, t=ITERATIONS, scale_factor=1, labels=None, kernels
     return crf_inferences(img, [probs], t, scale_factor, kernels, backend, device)[0]
 
 
-def crf_inferences(img, several_probs, t=ITERATIONS, scale_factor=1, kernels=Kernels(), backend='pydensecrf',
-                   device='cpu'):
+def crf_inferences(img, several_probs, t=CAM_CRF.iterations, scale_factor=1, kernels=CAM_CRF.kernels,
+                   backend='pydensecrf', device='cpu'):
     """Fully connected CRF (Kraehenbuehl and Koltun 2011) for several sets of scores of one image: its filters are set
     up once.
 

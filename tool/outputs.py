@@ -6,13 +6,11 @@ import shutil
 
 from tqdm import tqdm
 
-from tool.cli import BadInput, CannotWrite, is_out_of_memory, make_dir
+from tool.cli import BadInput, CannotWrite, make_dir
 from tool.files import atomic_write, file_digest
 
-SETTINGS = 'settings.json'
-# what a complete file of ours ends with: a pickle, a zip directory without comment, a PNG
-LAST_BYTES = {'.npy': b'.', '.npz': b'\0\0', '.png': b'IEND\xaeB`\x82'}
-OUTDATED = 10 ** 9      # seconds since 1970, in 2001: older files are to be made again, see ResultFolder
+SETTINGS, JOURNAL = 'settings.json', 'finished.txt'
+EXTENSIONS = '.npy', '.npz', '.png'
 
 
 def read_settings(folder):
@@ -30,7 +28,7 @@ def read_settings(folder):
 def results_in(folder):
     """Paths of the results in a folder, whatever their names, sorted."""
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-            if os.path.splitext(name)[1] in LAST_BYTES and not name.startswith('.')]
+            if os.path.splitext(name)[1] in EXTENSIONS and not name.startswith('.')]
 
 
 def describe_folder(folder, flag):
@@ -43,119 +41,94 @@ def describe_folder(folder, flag):
 
 
 class ResultFolder:
-    """A folder with one file an image, NAME + extension, all of the same settings, which it keeps in settings.json.
+    """A folder with one file per image, NAME + extension, all made with the same settings.
 
-    settings: a dict for json of what the files depend on: numbers and digests, not paths, which can be written in many
-    ways. flag: the command-line flag that named the folder.
+    settings.json holds the settings. finished.txt is the journal: each finished file adds the line "NAME<tab>BYTES". An
+    image is finished if its last line has the size of its file. Lines are only ever added, each in one write, so
+    several ranks can share the journal, and a run that is killed leaves at most one torn line, whose size is wrong.
 
-    A run without --resume makes all files anew. Each old file can be read until its new one replaces it, but is dated
-    1970 when the run starts, and what is dated so does not count as finished. So if the run is stopped half-way,
-    --resume can tell old files from new ones: their names are the same, and settings.json has the new settings already.
+    settings: a dict for JSON of what the files depend on: numbers and digests, not paths, because one file has many
+    paths. flag: the command-line flag that named the folder.
     """
 
     def __init__(self, path, flag, extension, settings):
         self.path, self.flag, self.extension = path, flag, extension
         self.settings = json.loads(json.dumps(settings))        # as they are read back
+        self.journal = os.path.join(path, JOURNAL)
 
     def file(self, name):
         return os.path.join(self.path, name + self.extension)
 
-    def is_finished(self, name):
-        """Whether the file of an image is complete (its last bytes are there: copies can be cut) and not outdated."""
-        end = LAST_BYTES[self.extension]
-        try:
-            with open(self.file(name), 'rb') as file:
-                file.seek(-len(end), os.SEEK_END)
-                return file.read() == end and os.stat(file.fileno()).st_mtime > OUTDATED
-        except OSError:
-            return False
+    @contextlib.contextmanager
+    def writing(self, name):
+        """The context in which the file of an image is written, to the path that it yields. If it ends well, the image
+        is finished."""
+        yield self.file(name)
+        self._write_journal('ab', f'{name}\t{os.path.getsize(self.file(name))}\n')
+
+    def finished(self):
+        """The set of images whose files are finished."""
+        sizes = {}
+        if os.path.isfile(self.journal):
+            with open(self.journal, encoding='utf-8', errors='replace') as file:
+                for line in file:
+                    name, _, size = line.rstrip('\n').rpartition('\t')
+                    sizes[name] = size
+        return {name for name, size in sizes.items()
+                if os.path.isfile(self.file(name)) and str(os.path.getsize(self.file(name))) == size}
 
     def open(self, names, resume):
-        """Creates the folder, or takes up one that is there, for a run over these images. With `resume`, finished files
-        stay; raises BadInput where they have other or unknown settings. Without it, all are to be made anew."""
+        """Creates the folder, or continues in one that exists, for a run over these images. With `resume`, finished
+        files stay; raises BadInput if they have other or unknown settings. Without it, none of the images counts as
+        finished any more; their old files can be read until the new ones replace them."""
         make_dir(self.path, self.flag)
-        old = results_in(self.path)
-        differences = '; '.join(self._differences()) if old else ''
+        differences = '; '.join(self._differences()) if results_in(self.path) else ''
         if differences and resume:
-            raise BadInput(f'{self.path} ({self.flag}) was made with other settings: {differences}. Name another '
-                           'folder, or leave --resume out to make it anew')
+            raise BadInput(f'{self.path} ({self.flag}) was made with other or unknown settings: {differences}. Name '
+                           'another folder, or leave --resume out to make it anew')
+        # first the journal, then the settings: a run that is killed here leaves no old file that counts as new
         if differences:
             print(f'warning: {self.path} ({self.flag}) has results of other settings, which are replaced one by one: '
                   f'{differences}')
-        elif resume:
-            old = []
-        else:       # those of these images: another rank may have made others already
-            old = [path for path in map(self.file, names) if os.path.isfile(path)]
-        try:        # first the dates, then the settings: a run that is killed here leaves nothing that passes for new
-            for path in old:
-                os.utime(path, (0, 0))
-        except OSError as error:
-            raise BadInput(f'cannot make {self.path} ({self.flag}) anew: {error}; name another folder') from error
+            self._write_journal('wb', '')
+        # the empty line ends one that is torn; the other images of the journal may be another rank's
+        outdated = set() if resume else self.finished().intersection(names)
+        self._write_journal('ab', '\n' + ''.join(f'{name}\tanew\n' for name in sorted(outdated)))
         with atomic_write(os.path.join(self.path, SETTINGS)) as file:
             file.write(json.dumps(self.settings, indent=1).encode())
+
+    def _write_journal(self, mode, text):
+        try:
+            with open(self.journal, mode) as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise CannotWrite(f'cannot write {self.journal} ({self.flag}): {error.strerror}') from error
 
     def _differences(self):
         try:
             before = read_settings(self.path)
         except BadInput as error:
             return [str(error)]
-        if before is None:
-            return [f'there is no {SETTINGS}']
+        if before is None or not os.path.isfile(self.journal):
+            return [f'there is no {SETTINGS if before is None else JOURNAL}']
         return [f'{key} was {before.get(key)}, is {self.settings.get(key)}'
                 for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
 
 
 def open_folders(folders, names, resume, inputs=()):
     """Opens ResultFolders for a run over `names`. Returns the names that lack a finished file in one of them.
-    Raises BadInput also where two of them, or one and a folder of `inputs`, are the same: it has one settings.json."""
+    Raises BadInput also where two of them, or one and a folder of `inputs`, are the same: it has one journal."""
     paths = [os.path.realpath(path) for path in (*(folder.path for folder in folders), *filter(None, inputs))]
     for folder in folders:
         if paths.count(os.path.realpath(folder.path)) > 1:
             raise BadInput(f'{folder.path} ({folder.flag}) is the folder of other files of this run too: name another')
     for folder in folders:
         folder.open(names, resume)
-    todo = [name for name in names if not all(folder.is_finished(name) for folder in folders)]
+    finished = set.intersection(*(folder.finished() for folder in folders))
+    todo = [name for name in names if name not in finished]
     if len(todo) < len(names):
         print(f'{len(names) - len(todo)} of {len(names)} images are finished')
     return todo
-
-
-class Errors:
-    """What `--on_error` does with a bad image, and with one for which memory runs out: stop raises a BadInput, skip
-    keeps it for the end. memory_help: what the user may change where memory runs out."""
-
-    def __init__(self, on_error, memory_help):
-        self.skip, self.memory_help, self.lines = on_error == 'skip', memory_help, []
-
-    @contextlib.contextmanager
-    def caught(self, name):
-        """The context in which the image `name` is worked on. A disk that is full stops the run in any case."""
-        try:
-            yield
-        except CannotWrite:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                error = BadInput(f'out of memory at the image {name}; what helps: {self.memory_help}')
-            if not (self.skip and isinstance(error, BadInput)):
-                raise error
-            self.lines.append(str(error))
-
-    def report(self):
-        """Lists what was skipped. Returns the exit code: 3 where something was, else 0; also for a rank of torchrun,
-        which would stop the other ranks."""
-        for line in self.lines:
-            tqdm.write(f'skipped: {line}')
-        return 3 if self.lines and 'WORLD_SIZE' not in os.environ else 0
-
-
-@contextlib.contextmanager
-def no_more_than_a_warning(what):
-    """For pictures, which must not stop an inference: whatever goes wrong is one line."""
-    try:
-        yield
-    except Exception as error:
-        tqdm.write(f'warning: {what}: {" ".join(str(error).split()) or type(error).__name__}')
 
 
 def warn_of_background(shares, folder, flag):

@@ -131,7 +131,7 @@ class SkipBad:
 
 def read_items(dataset, names, errors, num_workers, device, desc):
     """Yields the dataset's items for these names, with a progress bar. One that cannot be had goes to `errors`, an
-    `Errors` of tool/outputs.py, which raises it or keeps it."""
+    `Errors` of tool/on_error.py, which raises it or keeps it."""
     loader = DataLoader(SkipBad(dataset, names), batch_size=None, num_workers=num_workers,
                         pin_memory=device.type == 'cuda')
     for item, name in zip(tqdm(loader, desc=desc, dynamic_ncols=True, disable=None), names):

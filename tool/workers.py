@@ -51,7 +51,7 @@ def parallel_map(work, items, num_workers, desc):
 class BoundedPool:
     """Runs jobs in worker processes, so many ahead of their end as keep the workers busy and no more; with 0 workers in
     this process. `results` are what the jobs returned. An error of a job is raised by a later call, or goes to `errors`
-    (see tool/outputs.py) under the job's name. Raises BadInput where a process was killed.
+    (see tool/on_error.py) under the job's name. Raises BadInput where a process was killed.
     """
 
     def __init__(self, workers, errors=None):

@@ -47,8 +47,8 @@ class VOC12ClsDataset(VOC12ImageDataset):
 
 
 class VOC12ClsDatasetMSF(VOC12ClsDataset):
-    """(name, [image, mirrored image, ...], label): two CHW arrays for each of `scales`, factors of the image's
-    size. `inter_transform` turns the resized PIL image into CHW."""
+    """(name, image, views, label): the image as read, uint8 (H, W, 3), and a CHW array for each of `scales`, factors of
+    its size. `inter_transform` turns the resized PIL image into CHW."""
 
     def __init__(self, img_name_list_path, voc12_root, scales, inter_transform, cls_labels='voc12/cls_labels.npy',
                  class_names=CAT_LIST):
@@ -58,11 +58,8 @@ class VOC12ClsDatasetMSF(VOC12ClsDataset):
 
     def __getitem__(self, idx):
         name, img, label = super().__getitem__(idx)
-        views = []
-        for scale in self.scales:
-            view = self.inter_transform(imutils.resize(img, scale))
-            views += [view, np.flip(view, -1).copy()]
-        return name, views, label
+        views = [self.inter_transform(imutils.resize(img, scale)) for scale in self.scales]
+        return name, np.array(img), views, label
 
 
 class ExtractAffinityLabelInRadius:

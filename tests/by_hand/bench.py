@@ -253,17 +253,18 @@ def reference_cam(net, views, size, device):
     """float32 (classes, H, W): a forward for each view, all classes to the size of the image, absent ones times 0."""
     label = np.isin(np.arange(NUM_CLASSES), CLASSES)[:, None, None].astype(np.float32)
     total = np.zeros((NUM_CLASSES, *size), np.float32)
-    for number, view in enumerate(views):
-        refined = reference_maps(net, view[None].to(device))[1][:, 1:]
-        refined = F.interpolate(refined, size, mode='bilinear', align_corners=False)[0].cpu().numpy() * label
-        total += refined[..., ::-1] if number % 2 else refined
+    for view in views:
+        for mirrored in False, True:
+            x = view.flip(-1) if mirrored else view
+            refined = reference_maps(net, x[None].to(device))[1][:, 1:]
+            refined = F.interpolate(refined, size, mode='bilinear', align_corners=False)[0].cpu().numpy() * label
+            total += refined[..., ::-1] if mirrored else refined
     return total[CLASSES]
 
 
 def bench_cam(args):
     size = h, w = args.size or (375, 500)
-    views = [view for image in (normalized(round(h * scale), round(w * scale)) for scale in (0.5, 1, 1.5, 2))
-             for view in (image, image.flip(-1))]
+    views = [normalized(round(h * scale), round(w * scale)) for scale in (0.5, 1, 1.5, 2)]
     nets = {'': seam_net(args), ', channels_last': seam_net(args, torch.channels_last)}
     ways = {name + end: functools.partial(infer_SEAM.multi_scale_cam, nets[end], views, CLASSES, size,
                                           device=args.device, amp=amp)
