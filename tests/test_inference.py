@@ -731,8 +731,9 @@ def test_an_image_is_read_once_and_its_mirror_is_made_on_the_device(data, monkey
     dataset = VOC12ClsDatasetMSF(LIST, 'VOC2012', [0.5, 1], lambda img: np.asarray(img).transpose(2, 0, 1))
     name, img, views, label = dataset[0]
     assert name == names_of(data)[0] and len(reads) == 1
-    assert img.dtype == np.uint8 and img.shape == (64, 64, 3) and img.flags.writeable
-    assert [view.shape for view in views] == [(3, 32, 32), (3, 64, 64)] and label.shape == (20,)
+    w, h = Image.open(f'VOC2012/JPEGImages/{name}.jpg').size
+    assert img.dtype == np.uint8 and img.shape == (h, w, 3) and img.flags.writeable
+    assert [view.shape for view in views] == [(3, round(h / 2), round(w / 2)), (3, h, w)] and label.shape == (20,)
     assert (views[1].transpose(1, 2, 0) == img).all()
 
 
