@@ -11,7 +11,7 @@ from tool import image_files, score_files, visualization
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, make_dir, str2bool
 from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
-from tool.report import write_csv
+from tool.text_files import write_csv
 from tool.workers import parallel_map
 from voc12.canonical import describe_list, find_canonical
 from voc12.lists import CAT_LIST, GT_FOLDER, load_class_names, load_img_name_list

@@ -1,32 +1,46 @@
-"""tool/tables.py: which commands it runs, and what it makes of their numbers. The commands do not run here."""
+"""tool/tables.py: which commands it runs, and what it makes of their numbers. The commands run in one test alone."""
 import csv
+import importlib
 import os
+import shutil
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 import infer_SEAM
 import train_aff
 import train_SEAM
 from tool import image_lists, tables
 from tool.cli import BadInput
+from voc12 import make_toy
+from voc12.lists import CAT_LIST
 
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """Runs tables.py in a folder with a blank in its name; returns its commands, without Python and the folder."""
     root = tmp_path / 'my data'
-    (root / 'ImageSets/Segmentation').mkdir(parents=True)
-    (root / 'SegmentationClass').mkdir()
-    for name in 'ab':
+    for folder in ('ImageSets/Segmentation', 'SegmentationClass', 'SegmentationClassAug', 'JPEGImages'):
+        (root / folder).mkdir(parents=True)
+    names = {'train': 'ab', 'aug': 'abcdefghijkl', 'val': 'xy'}
+    for name in names['aug'] + 'xy':
+        (root / f'JPEGImages/{name}.jpg').write_text('')
+        (root / f'SegmentationClassAug/{name}.png').write_text('')
+    for name in 'abxy':
         (root / f'SegmentationClass/{name}.png').write_text('')
-    (root / 'ImageSets/Segmentation/train.txt').write_text('a\nb\n')
-    (root / 'aug.txt').write_text('a\nb\nc\n')
+    for key, listed in names.items():
+        (root / f'ImageSets/Segmentation/{key}.txt').write_text('\n'.join(listed))
+    np.save(root / 'labels.npy', {name: np.eye(len(CAT_LIST))[0] for name in names['aug']})
     (root / 'start.pth').write_text('')
     log, listed = [], ['train']
 
     def run_child(command):
         log.append([os.path.basename(command[1]), *command[2:]])
+        if command[1].endswith('make_toy.py'):
+            made = os.path.join(command[command.index('--out') + 1], 'ImageSets', 'Segmentation')
+            shutil.copytree(root / 'ImageSets/Segmentation', made)
         if command[1].endswith('evaluation.py'):
             prefix = command[command.index('--out_prefix') + 1]
             seed = int(os.path.basename(os.path.dirname(prefix))[len('seed'):])
@@ -42,8 +56,8 @@ def commands(tmp_path, monkeypatch):
     def start(*flags):
         log.clear()
         tables.run.cache_clear()        # as in a process of its own
-        monkeypatch.setattr(sys, 'argv', ['tables.py', '--voc12_root', str(root), '--train_list', str(root / 'aug.txt'),
-                                          '--weights', str(root / 'start.pth'), '--out', str(tmp_path / 'out'), *flags])
+        monkeypatch.setattr(sys, 'argv', ['tables.py', '--voc12_root', str(root), '--train_list', str(root / 'ImageSets/Segmentation/aug.txt'),
+                                          '--cls_labels', str(root / 'labels.npy'), '--weights', str(root / 'start.pth'), '--out', str(tmp_path / 'out'), *flags])
         tables.main(tables.parse_args())
         return log
 
@@ -69,28 +83,58 @@ def test_tables_share_trainings(commands):
     assert len(set(map(tuple, log))) == len(log)
 
 
+def images(command):
+    return image_lists.load_img_name_list(command[command.index('--infer_list') + 1])
+
+
 def test_what_the_random_walk_is_made_from(commands, tmp_path):
-    log = commands('--rows', 'random walk', '--alphas', '24', '4', '--train', '--lr 0.1', '--train_aff=--seed 3',
+    log = commands('--rows', 'random walk', '--alphas', '24', '4', '9', '--train', '--lr 0.1', '--train_aff=--seed 3',
                    '--infer', '--amp bf16', '--walk', '--alpha 3')
-    # the images to score are a and b; c is trained on
-    assert scripts(log) == ['train_SEAM.py', *['infer_SEAM.py'] * 4, 'train_aff.py', 'infer_aff.py', 'evaluation.py']
-    train_seam, cam, crf, other_cam, other_crf, train_aff, walk, _ = log
+    assert scripts(log) == ['train_SEAM.py', 'infer_SEAM.py', 'infer_SEAM.py', 'train_aff.py', 'infer_aff.py',
+                            'evaluation.py']
+    train_seam, cam, crf, train_aff, walk, _ = log
     out = str(tmp_path / 'out/seed0')
     assert '--lr' in train_seam and ['--alpha', '3'] == walk[-2:]
     assert '--amp' in cam and '--amp' in crf and '--amp' not in walk
+    assert crf[crf.index('--crf_alpha') + 1:] == ['4.0', '24.0']
     assert train_aff[train_aff.index('--la_crf_dir') + 1] == f'{out}/crf_4.0'
     assert train_aff[train_aff.index('--ha_crf_dir') + 1] == f'{out}/crf_24.0'
     assert cam[cam.index('--out_cam') + 1] == walk[walk.index('--cam_dir') + 1] == crf[crf.index('--cam_dir') + 1]
-    others = other_cam[other_cam.index('--infer_list') + 1]
-    assert image_lists.load_img_name_list(others) == ['c'] and others in other_crf
+    assert images(cam) == images(crf) == list('abcdefghijkl') and images(walk) == ['a', 'b']
 
 
 def test_affinitynet_can_have_a_list_of_its_own(commands, tmp_path):
-    own = str(tmp_path / 'my data/ImageSets/Segmentation/train.txt')
-    log = commands('--rows', 'random walk', '--aff_list', own)
-    assert scripts(log).count('infer_SEAM.py') == 2         # of the images to score alone
+    own = tmp_path / 'own.txt'
+    own.write_text('\n'.join('bcdefghij'))
+    log = commands('--rows', 'random walk', '--aff_list', str(own))
     command = log[scripts(log).index('train_aff.py')]
-    assert train_aff.get_args_parser().parse_args(command[1:]).train_list == own
+    assert train_aff.get_args_parser().parse_args(command[1:]).train_list == str(own)
+    # the CAM of image a, which AffinityNet does not need, is made for the walk
+    assert [images(command) for command in log if command[0] == 'infer_SEAM.py'] == [
+        list('bcdefghij'), list('bcdefghij'), ['a']]
+
+
+@pytest.mark.parametrize('own', [(), ('--aff_list', 'own.txt')])
+def test_no_image_gets_its_cam_crf_or_walk_twice(commands, tmp_path, monkeypatch, own):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'own.txt').write_text('\n'.join('bcdefghij'))
+    log = commands('--table', '1', 'retrain', 'refinement', 'scale', *own)
+    seen = [(command[command.index(flag) + 1], name) for command in log if '--infer_list' in command
+            for flag in ('--out_cam', '--out_crf', '--out_rw', '--out_seg') if flag in command
+            for name in images(command)]
+    assert len(seen) == len(set(seen))
+    assert {name for folder, name in seen if folder.endswith('/walk')} == set('abcdefghijkl')
+
+
+def test_training_on_ground_truth_takes_the_masks_of_all_images(commands, tmp_path):
+    log = commands('--table', 'retrain', '--rows', 'truth')
+    assert scripts(log) == ['train_seg.py', 'infer_seg.py', 'evaluation.py']
+    train, _, evaluation = log
+    assert train[train.index('--label_dir') + 1] == str(tmp_path / 'my data/SegmentationClassAug')
+    assert evaluation[evaluation.index('--gt_dir') + 1] == str(tmp_path / 'my data/SegmentationClass')
+    (tmp_path / 'my data/SegmentationClassAug').rename(tmp_path / 'elsewhere')
+    log = commands('--table', 'retrain', '--rows', 'truth', '--train_gt', str(tmp_path / 'elsewhere'))
+    assert str(tmp_path / 'elsewhere') in log[0]
 
 
 def test_no_image_goes_twice_through_a_network_for_its_crf(commands, tmp_path):
@@ -182,11 +226,53 @@ def test_bad_flags_are_refused_before_anything_runs(commands, flags, word):
     assert not commands.log
 
 
-def test_missing_masks_are_noticed_before_anything_runs(commands, tmp_path):
-    (tmp_path / 'my data/SegmentationClass/b.png').unlink()
-    with pytest.raises(BadInput, match='no such file: .*SegmentationClass/b.png .--voc12_root'):
+@pytest.mark.parametrize('path, words', [
+    ('SegmentationClass/b.png', ['SegmentationClass/b.png', '--voc12_root', '--list']),
+    ('SegmentationClass/y.png', ['SegmentationClass/y.png', '--voc12_root', '--val_list']),
+    ('SegmentationClassAug/c.png', ['SegmentationClassAug/c.png', '--train_gt', 'make_seg_aug.py', 'voc12/README.md']),
+    ('JPEGImages/l.jpg', ['JPEGImages/l.jpg', '--voc12_root', 'aug.txt']),
+    ('JPEGImages/y.jpg', ['JPEGImages/y.jpg', '--voc12_root', 'val.txt'])])
+def test_missing_files_are_noticed_before_anything_runs(commands, tmp_path, path, words):
+    (tmp_path / 'my data' / path).unlink()
+    with pytest.raises(BadInput) as refusal:
+        commands('--table', '1', 'retrain')
+    assert all(word in str(refusal.value) for word in words) and not commands.log
+
+
+def test_masks_of_a_part_of_the_training_list_are_not_enough(commands, tmp_path):
+    shutil.rmtree(tmp_path / 'my data/SegmentationClassAug')
+    with pytest.raises(BadInput) as refusal:
+        commands('--table', 'retrain')
+    assert all(word in str(refusal.value) for word in ('SegmentationClass/c.png', '10 of 12', 'make_seg_aug.py'))
+    assert not commands.log
+
+def test_images_without_a_label_are_noticed_before_anything_runs(commands, tmp_path):
+    labels = {name: np.eye(len(CAT_LIST))[0] for name in 'abcdefghijk'}
+    np.save(tmp_path / 'my data/labels.npy', labels)
+    with pytest.raises(BadInput, match='image l .*labels.npy'):
         commands()
     assert not commands.log
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--walk', '--alhpa 3'], ['--walk', '--alhpa']),
+    (['--infer', '--map nothing'], ['--infer', '--map']),
+    (['--train_aff', '--crop_size 100'], ['--train_aff', '--crop_size 100']),
+    (['--train_seg', '--scale_range 2 1'], ['--train_seg', '--scale_range']),
+    (['--seg', '--crf maybe'], ['--seg', '--crf']),
+    (['--train_aff', '--batch_size 13'], ['--train_aff', '12 images', '--batch_size 13']),
+    (['--network_aff', 'network.resnet38_afff'], ['network.resnet38_afff']),
+    (['--network_seg', 'network.slim_SEAM'], ['network.slim_SEAM']),
+    (['--mean_classes', 'background', 'cats'], ['--mean_classes cats'])])
+def test_what_a_later_script_would_refuse_is_refused_before_anything_runs(commands, flags, words):
+    with pytest.raises(BadInput) as refusal:
+        commands('--table', '1', 'retrain', *flags)
+    assert all(word in str(refusal.value) for word in words) and not commands.log
+
+
+def test_networks_and_lists_of_rows_that_are_not_asked_for_do_not_matter(commands, tmp_path):
+    (tmp_path / 'my data/ImageSets/Segmentation/val.txt').unlink()
+    commands('--rows', 'SEAM', '--network_aff', 'nothing', '--network_seg', 'nothing')
 
 
 def test_flags_for_the_scripts_that_are_not_whole(commands, capsys):
@@ -201,3 +287,47 @@ def test_a_failing_script_stops_the_tables_with_one_line(tmp_path, capfd):
     with pytest.raises(BadInput, match='fails.py ended with exit code 3.*--resume'):
         tables.run_child([sys.executable, str(script)])
     assert 'what it says' in capfd.readouterr().out
+
+
+# ----- the commands themselves -----
+
+def test_retraining_where_only_a_part_of_the_training_list_has_official_masks(tmp_path, monkeypatch):
+    """As on VOC: SegmentationClass has masks of the lists to score, SegmentationClassAug of all training images."""
+    root, lists_of, log = tmp_path / 'root', tmp_path / 'root/ImageSets/Segmentation', []
+    make_toy.main(make_toy.get_args_parser().parse_args(['--out', str(root), '--count', '8', '--size', '48', '64',
+                                                         '--classes', '2']))
+    torch.set_num_threads(1)        # the images are too small for two
+    shutil.copytree(root / 'SegmentationClass', root / 'SegmentationClassAug')
+    names = (lists_of / 'train.txt').read_text().split()
+    (lists_of / 'train_aug.txt').write_text('\n'.join(names))
+    (lists_of / 'train.txt').write_text('\n'.join(names[:2]))
+    for name in names[2:]:
+        (root / f'SegmentationClass/{name}.png').unlink()
+
+    def run_child(command):     # in this process, for starting Python takes longer than all else
+        log.append(command)
+        script = importlib.import_module(os.path.basename(command[1])[:-3])
+        monkeypatch.setattr(sys, 'argv', command[1:])
+        try:
+            script.main(script.get_args_parser().parse_args(command[2:]))
+        except SystemExit as end:
+            assert not end.code
+
+    monkeypatch.setattr(tables, 'run_child', run_child)
+    tables.run.cache_clear()
+    out = tmp_path / 'out'
+    short = '--batch_size 4 --max_epochs 1 --crop_size '
+    monkeypatch.setattr(sys, 'argv', [
+        'tables.py', '--table', '1', 'retrain', '--rows', 'SEAM', 'walk', 'retrained', '--voc12_root', str(root),
+        '--train_list', str(lists_of / 'train_aug.txt'), '--cls_labels', 'none', '--out', str(out), '--weights',
+        '--network', 'network.slim_SEAM', '--network_aff', 'network.slim_aff', '--network_seg', 'network.slim_deeplab',
+        '--scales', '1', '--num_workers', '0', '--device', 'cpu',
+        f'--train={short} 32 --resize_long 32 48 --tblog_dir {tmp_path}', f'--train_aff={short} 40',
+        '--train_seg=--batch_size 4 --max_iters 1 --crop_size 32', '--infer=--flip 0', '--walk=--logt 2',
+        '--seg=--scales 1 --flip 0 --crf off'])
+    tables.main(tables.parse_args())
+    assert [(record['row'], record['images']) for record in tables.read_csv(out / 'tables.csv')] == [
+        ('+ hard-example mining (SEAM)', '2'), ('random walk', '2'), ('retrained', '2'),
+        ('retrained on ground truth', '2')]
+    assert len({tuple(command) for command in log}) == len(log)
+    assert sorted(path.stem for path in (out / 'seed0/walk').glob('*.png')) == names

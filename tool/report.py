@@ -1,11 +1,9 @@
-"""Results as CSV files and as a table, and the trivial answers that they are compared with.
+"""Results of evaluation.py as a table, and the trivial answers that they are compared with.
 
     python tool/report.py trivial --cam_dir CAMS --out_dir DIR          label maps that know nothing but the labels
     python tool/report.py table --logfile evallog.txt                   what evaluation.py has logged, as a table
 """
 import argparse
-import csv
-import io
 import os
 import re
 import sys
@@ -17,28 +15,8 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 
 from tool import image_files, score_files
 from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
-from tool.files import atomic_write
 from tool.image_lists import read_lines
 
-
-def write_text(path, text):
-    with atomic_write(path) as file:
-        file.write(text.encode('utf-8', 'backslashreplace'))       # names of files may be no utf-8
-
-
-def write_csv(path, header, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([header, *rows])
-    write_text(path, text.getvalue())
-
-
-def read_csv(path):
-    """List of dicts, one a row, of a CSV file with a header."""
-    with open(path, encoding='utf-8', newline='') as file:
-        return list(csv.DictReader(file))
-
-
-# ----- the commands -----
 
 def write_trivial(args):
     """For each CAM dict, two label maps: all background, and the image's first class everywhere."""

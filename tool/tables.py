@@ -13,6 +13,7 @@ best.
 import argparse
 import collections
 import functools
+import importlib
 import json
 import os
 import re
@@ -25,14 +26,14 @@ import sys
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, make_dir
+from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.files import file_digest
 from tool.image_lists import load_img_name_list
 from tool.outputs import SETTINGS, read_settings
-from tool.report import read_csv, write_csv, write_text
+from tool.text_files import read_csv, write_csv, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-GT_FOLDER = 'SegmentationClass'
+GT_FOLDER, AUG_GT_FOLDER = 'SegmentationClass', 'SegmentationClassAug'
 
 # train, infer: flags of train_SEAM.py and infer_SEAM.py. scored: the CAMs, their CRF at an alpha, the walk, or on
 # --val_list a network retrained on the walk's labels or on ground truth
@@ -75,6 +76,15 @@ LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'net
          'walk': '--alpha 1.1 --logt 4'.split(),
          'train_seg': '--crop_size 192 --batch_size 8 --max_iters 80 --lr 0.002 --bn_momentum 0.05'.split(),
          'seg': '--scales 0.5 0.75'.split()}
+
+# our flag of more flags for a script -> the script, and flags without which its own check would not pass
+SCRIPTS = {'pretrain': ['train_SEAM'],
+           'train': ['train_SEAM'],
+           'train_aff': ['train_aff', '--la_crf_dir', ROOT, '--ha_crf_dir', ROOT],
+           'infer': ['infer_SEAM', '--weights', __file__, '--out_cam', 'cam'],
+           'walk': ['infer_aff', '--weights', __file__, '--cam_dir', ROOT],
+           'train_seg': ['train_seg', '--label_dir', ROOT],
+           'seg': ['infer_seg', '--weights', __file__, '--out_seg', 'seg']}
 
 
 def list_rows(scales, alphas):
@@ -147,8 +157,17 @@ def train(args, script, session, *flags):
     return session + '.pth'
 
 
-def infer(args, script, names, *flags):
-    """Inference for a list of images."""
+def infer(args, script, names, folders, *flags):
+    """Inference for a list of images, without those that have been through it for all of these result folders."""
+    wanted = load_img_name_list(names)
+    todo = [name for name in wanted if not all(name in args.made[folder] for folder in folders)]
+    if not todo:
+        return
+    if len(todo) < len(wanted):
+        names = result_path(args, os.path.basename(folders[0]), 'rest of', os.path.basename(names))
+        write_text(names, ''.join(f'{name}.jpg\n' for name in todo))       # with it, a name may have blanks
+    for folder in folders:
+        args.made[folder].update(todo)
     resume = ['--resume'] if args.resume else []
     run(script, *pass_on(args, *SHARED_FLAGS), '--infer_list', names, *flags, *resume)
 
@@ -171,38 +190,41 @@ def make_cams(args, names, train_flags='', infer_flags=''):
     weights = train(args, 'train_SEAM.py', result_path(args, 'seam', train_flags),
                     *pass_on(args, 'network', 'weights', 'cls_labels'), *args.train, *train_flags.split())
     folder = result_path(args, 'cam', train_flags, infer_flags)
-    infer(args, 'infer_SEAM.py', names, '--weights', weights, *pass_on(args, 'network', 'cls_labels', 'scales'),
+    infer(args, 'infer_SEAM.py', names, [folder], '--weights', weights, *pass_on(args, 'network', 'cls_labels', 'scales'),
           *args.infer, *infer_flags.split(), '--out_cam', folder)
     return folder
 
 
-def make_crfs(args, names):
-    """The CRF of SEAM's CAMs of a list, at every alpha."""
-    infer(args, 'infer_SEAM.py', names, '--cam_dir', make_cams(args, names), *args.infer,
-          '--out_crf', result_path(args, 'crf'), '--crf_alpha', *args.alphas)
+def make_crfs(args, names, alphas):
+    """The CRF of SEAM's CAMs of a list. Returns a folder for each alpha."""
+    cams, prefix = make_cams(args, names), result_path(args, 'crf')
+    folders = [f'{prefix}_{alpha:.1f}' for alpha in alphas]
+    infer(args, 'infer_SEAM.py', names, folders, '--cam_dir', cams, *args.infer, '--out_crf', prefix, '--crf_alpha',
+          *alphas)
+    return folders
 
 
 def make_aff(args):
     """Step 4: AffinityNet, trained on the CRFs at the lowest and the highest alpha. Returns its weights."""
-    make_crfs(args, args.list)
-    to_score = set(load_img_name_list(args.list))
-    others = [name for name in load_img_name_list(args.aff_list or args.train_list) if name not in to_score]
-    if others:
-        names = result_path(args, 'others') + '.txt'
-        write_text(names, ''.join(f'{name}.jpg\n' for name in others))      # with it, a name may have blanks
-        make_crfs(args, names)
-    low, high = (result_path(args, f'crf_{alpha:.1f}') for alpha in (args.alphas[0], args.alphas[-1]))
+    folders = make_crfs(args, args.aff_list or args.train_list, sorted({args.alphas[0], args.alphas[-1]}))
     aff = argparse.Namespace(network=args.network_aff, weights=args.weights_aff, train_list=args.aff_list)
     return train(args, 'train_aff.py', result_path(args, 'aff'), *pass_on(aff, 'network', 'weights', 'train_list'),
-                 '--la_crf_dir', low, '--ha_crf_dir', high, *args.train_aff)
+                 '--la_crf_dir', folders[0], '--ha_crf_dir', folders[-1], *args.train_aff)
 
 
 def make_walk(args, names):
     """Step 5: returns the folder of the pseudo labels of a list."""
-    folder = result_path(args, 'walk')
-    infer(args, 'infer_aff.py', names, '--network', args.network_aff, '--weights', make_aff(args),
-          '--cam_dir', make_cams(args, names), '--out_rw', folder, *args.walk)
+    weights, cams, folder = make_aff(args), make_cams(args, names), result_path(args, 'walk')
+    infer(args, 'infer_aff.py', names, [folder], '--network', args.network_aff, '--weights', weights, '--cam_dir', cams,
+          '--out_rw', folder, *args.walk)
     return folder
+
+
+def truth_to_train_on(args):
+    """The folder of label maps for the network that is retrained on ground truth. VOC's own masks are of a part of
+    train_aug alone."""
+    augmented = os.path.join(args.voc12_root, AUG_GT_FOLDER)
+    return args.train_gt or (augmented if os.path.isdir(augmented) else os.path.join(args.voc12_root, GT_FOLDER))
 
 
 def make_segmentation(args, folder, labels):
@@ -210,8 +232,8 @@ def make_segmentation(args, folder, labels):
     seg = argparse.Namespace(network=args.network_seg, weights=args.weights_aff)
     weights = train(args, 'train_seg.py', folder + '_net', *pass_on(seg, 'network', 'weights'), '--label_dir', labels,
                     *args.train_seg)
-    infer(args, 'infer_seg.py', args.val_list, *pass_on(seg, 'network'), '--weights', weights, '--out_seg', folder,
-          *args.seg)
+    infer(args, 'infer_seg.py', args.val_list, [folder], *pass_on(seg, 'network'), '--weights', weights, '--out_seg',
+          folder, *args.seg)
 
 
 def score(args, row):
@@ -222,12 +244,13 @@ def score(args, row):
         make_walk(args, args.list)
     elif row.scored.startswith('seg'):
         names = args.val_list
-        make_segmentation(args, folder, truth if row.scored == 'seg_truth' else make_walk(args, args.train_list))
+        labels = truth_to_train_on(args) if row.scored == 'seg_truth' else make_walk(args, args.train_list)
+        make_segmentation(args, folder, labels)
     elif row.scored == 'cam':
         make_cams(args, args.list, row.train, row.infer)
         kind = ['npy', '--curve', 'True']
     else:
-        make_crfs(args, args.list)
+        make_crfs(args, args.list, args.alphas)
         kind = ['crf']
     run('evaluation.py', *pass_on(args, 'num_workers', 'class_names', 'mean_classes'), '--list', names, '--type', *kind,
         '--gt_dir', truth, '--predict_dir', folder, '--out_prefix', folder,
@@ -297,6 +320,10 @@ def get_args_parser():
     add('--aff_list', help='images to train AffinityNet on; not given: those of --train_list')
     add('--list', help='images to score; not given: ImageSets/Segmentation/train.txt of the data root')
     add('--val_list', help='images to score retrained networks on, which they have not trained on; not given: val.txt')
+    add('--train_gt',
+        help='label maps of the training images, for the row retrained on ground truth; not given: '
+             f'{AUG_GT_FOLDER} of the data root, which voc12/make_seg_aug.py makes, or where that is missing '
+             f'{GT_FOLDER}')
     add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     add('--cls_labels', help='image-level labels')
     add('--mean_classes', nargs='+', metavar='NAME', help='average over these, see evaluation.py')
@@ -365,33 +392,93 @@ def check_settings(args):
 
 
 def check_args(args):
-    """Raises BadInput for what the scripts would refuse only after hours."""
+    """Raises BadInput for flags of our own that cannot be."""
     check_range(args, 0, 2 ** 31, 'seeds')
     check_range(args, 0.01, 100, 'scales', 'alphas')
     folders = [f'{alpha:.1f}' for alpha in args.alphas]         # of infer_SEAM.py, named with one decimal
     for name, values in (('seeds', args.seeds), ('scales', args.scales), ('alphas', folders)):
         if len(set(values)) < len(values):
             raise BadInput(f'--{name} {" ".join(map(str, values))}: each only once')
-    if not args.toy:
-        lists = ['list', 'train_list'] + ['val_list'] * ('retrain' in args.table)
-        for name in lists + ['aff_list'] * bool(args.aff_list):
-            load_img_name_list(getattr(args, name), '--' + name)
-        for name in load_img_name_list(args.list):
-            check_file(os.path.join(args.voc12_root, GT_FOLDER, name + '.png'), '--voc12_root')
-        if args.weights:
-            check_file(args.weights, '--weights')
+
+
+def check_masks(names, folder, flag, whose):
+    """Raises BadInput where images have no mask in a folder, NAME.png."""
+    check_dir(folder, flag)
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name + '.png'))]
+    if missing:
+        raise BadInput(f'no such file: {os.path.join(folder, missing[0] + ".png")} ({flag}); {len(missing):,} of '
+                       f'{len(names):,} masks are missing, {whose}')
+
+
+def check_data(args, scored):
+    """Raises BadInput where a script would miss a list, an image, a label, a mask or weights only after hours. Returns
+    dict flag of a training script -> number of its images. scored: set, what the rows score."""
+    voc12_lists = importlib.import_module('voc12.lists')        # by name, for tool/ imports nothing of ours
+    class_names = voc12_lists.load_class_names(args.class_names)
+    for name in args.mean_classes or ():
+        if name not in ('background', *class_names):
+            raise BadInput(f'--mean_classes {name}: no such class; there are background, {", ".join(class_names)}')
+    if args.toy:                                                # its drawings are not there yet
+        return {}
+    needed = {'list': scored - {'seg', 'seg_truth'}, 'train_list': True, 'aff_list': args.aff_list,
+              'val_list': scored & {'seg', 'seg_truth'}}
+    names = {flag: load_img_name_list(getattr(args, flag), '--' + flag) for flag in needed if needed[flag]}
+    for flag in ('list', 'val_list'):
+        check_masks(names.get(flag, ()), os.path.join(args.voc12_root, GT_FOLDER), '--voc12_root',
+                    f'of the images of {getattr(args, flag)} (--{flag})')
+    if 'seg_truth' in scored:
+        check_masks(names['train_list'], truth_to_train_on(args), '--train_gt', 'of the images of '
+                    f'{args.train_list} (--train_list); voc12/make_seg_aug.py makes those of train_aug, see '
+                    'voc12/README.md')
+    for flag in names:
+        voc12_lists.check_images(names[flag], getattr(args, flag), args.voc12_root)
+    labelled = [name for flag in names if flag != 'val_list' for name in names[flag]]
+    voc12_lists.load_labels(labelled, args.cls_labels or 'voc12/cls_labels.npy', args.voc12_root, class_names)
+    if args.weights:
+        check_file(args.weights, '--weights')
+    size = len(names['train_list'])
+    return {'train': size, 'train_aff': len(names.get('aff_list', ())) or size, 'train_seg': size}
+
+
+def check_scripts(args, scored, sizes):
+    """Raises BadInput for flags, networks and short lists that a script would refuse only after hours of others.
+    scored, sizes: see `check_data`."""
+    needed = {'train': scored - {'seg_truth'}, 'train_aff': scored & {'walk', 'seg'},
+              'train_seg': scored & {'seg', 'seg_truth'}}
+    networks = {'train': (args.network, 'PCM'), 'train_aff': (args.network_aff, 'radius'),
+                'train_seg': (args.network_seg, 'segments')}
+    for flag, (name, *placeholders) in SCRIPTS.items():
+        script, words = importlib.import_module(name), getattr(args, flag)      # by name, as above
+
+        def refuse(message):
+            raise BadInput(f'--{flag} "{shlex.join(words)}": {message}')
+
+        parser = script.get_args_parser()
+        parser.error = refuse
+        flags = parser.parse_args([*placeholders, *words])
+        try:
+            script.check_args(flags)
+        except BadInput as error:
+            refuse(error)
+        if needed.get(flag):
+            import_network(*networks[flag], args.backbone)
+            if sizes and sizes[flag] < flags.batch_size:
+                refuse(f'there are {sizes[flag]} images to train on, fewer than --batch_size {flags.batch_size}')
 
 
 def main(args):
     check_args(args)
     rows = choose_rows(args)
+    scored = {row.scored for row in rows}
+    check_scripts(args, scored, check_data(args, scored))
     make_dir(args.out, '--out')
     check_settings(args)
     path, records = os.path.join(args.out, 'tables.csv'), {}
     if args.resume and os.path.isfile(path):
         records = {(record['table'], record['row'], record['seed']): record for record in read_csv(path)}
     for seed in args.seeds:
-        of_seed = argparse.Namespace(**vars(args), seed=seed, weights_aff=args.weights)
+        of_seed = argparse.Namespace(**vars(args), seed=seed, weights_aff=args.weights,
+                                     made=collections.defaultdict(set))         # folder -> names of its images
         make_dir(result_path(of_seed), '--out')
         if args.toy:
             make_toy(of_seed)
