@@ -56,8 +56,10 @@ def commands(tmp_path, monkeypatch):
     def start(*flags):
         log.clear()
         tables.run.cache_clear()        # as in a process of its own
-        monkeypatch.setattr(sys, 'argv', ['tables.py', '--voc12_root', str(root), '--train_list', str(root / 'ImageSets/Segmentation/aug.txt'),
-                                          '--cls_labels', str(root / 'labels.npy'), '--weights', str(root / 'start.pth'), '--out', str(tmp_path / 'out'), *flags])
+        monkeypatch.setattr(sys, 'argv', [
+            'tables.py', '--voc12_root', str(root), '--train_list', str(root / 'ImageSets/Segmentation/aug.txt'),
+            '--cls_labels', str(root / 'labels.npy'), '--weights', str(root / 'start.pth'),
+            '--out', str(tmp_path / 'out'), *flags])
         tables.main(tables.parse_args())
         return log
 

@@ -190,8 +190,8 @@ def make_cams(args, names, train_flags='', infer_flags=''):
     weights = train(args, 'train_SEAM.py', result_path(args, 'seam', train_flags),
                     *pass_on(args, 'network', 'weights', 'cls_labels'), *args.train, *train_flags.split())
     folder = result_path(args, 'cam', train_flags, infer_flags)
-    infer(args, 'infer_SEAM.py', names, [folder], '--weights', weights, *pass_on(args, 'network', 'cls_labels', 'scales'),
-          *args.infer, *infer_flags.split(), '--out_cam', folder)
+    infer(args, 'infer_SEAM.py', names, [folder], '--weights', weights,
+          *pass_on(args, 'network', 'cls_labels', 'scales'), *args.infer, *infer_flags.split(), '--out_cam', folder)
     return folder
 
 
