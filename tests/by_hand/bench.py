@@ -5,6 +5,8 @@ the peak of a call beyond what was held before it (inputs, weights): of the GPU 
 process (Linux only). The difference is the largest between both results, as a share of the largest value. The
 reference's ways (`reference_*`) are written here, from what it does. Networks have random weights, sizes are height x
 width.
+
+`voc`, by itself, runs the scripts in place of that, steps 1 to 9 of the README, and says how many hours VOC takes.
 """
 import argparse
 import ctypes
@@ -29,6 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import evaluation
 import infer_aff
 import infer_SEAM
+import pipeline
 import train_SEAM
 from network import resnet38_SEAM
 from network.affinity import AffinityHead, to_dense_matrix
@@ -39,6 +42,7 @@ from tool.cli import exit_on_bad_input
 from tool.densecrf import DenseCRF, unary_energy
 from tool.devices import get_device
 from tool.metrics import mean_measures
+from tool.text_files import write_csv
 from tool.torchutils import PolyOptimizer, calibrate_batch_norm, set_seed
 from tool.workers import BoundedPool, available_cores
 from voc12.data import VOC12AffDataset, fuse_crf_labels
@@ -345,6 +349,16 @@ STAGES = {'walk': bench_walk, 'curve': bench_curve, 'crf': bench_crf, 'cam': ben
           'aff_data': bench_aff_data}
 
 
+def bench_voc(args, machine):
+    """Writes the CSV of `pipeline.bench_voc`, with the machine and the settings in its first line."""
+    rows = pipeline.bench_voc(args)
+    if args.csv:
+        test = '' if args.on_gpu and args.width == 64 and not args.size else 'A test of the benchmark itself: '
+        write_csv(args.csv, [f'# {test}bench.py voc --count {args.count} --width {args.width} --amp {args.amp} '
+                             f'--num_workers {args.num_workers} on {machine.replace(",", ";")}'],
+                  [pipeline.COLUMNS, *rows])
+
+
 def cpu_name():
     """As Linux calls it; elsewhere, and where Linux does not say, the kind of machine."""
     if not os.path.isfile('/proc/cpuinfo'):
@@ -355,21 +369,32 @@ def cpu_name():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('stages', nargs='*', metavar='stage', choices=[[], *STAGES], help=f'{", ".join(STAGES)}; '
-                        'without any: all, but cam and train only on a GPU or at --width 16, for they take minutes')
+    parser.add_argument('stages', nargs='*', metavar='stage', choices=[[], *STAGES, 'voc'],
+                        help=f'{", ".join(STAGES)}, or voc by itself; without any: all but voc, and cam and train only '
+                             'on a GPU or at --width 16, for they take minutes')
     parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'), help='375 500 without it, 448 448 for train')
     parser.add_argument('--repeat', type=int, help='turns after the warm-up: 5, where they take minutes 1')
     parser.add_argument('--device', choices=['cuda', 'cpu'], help='not given: cuda where there is one')
     parser.add_argument('--threads', type=int, help="of PyTorch on the CPU; not given: PyTorch's choice")
     parser.add_argument('--width', default=64, type=int, help='of the network; 16 for a quick trial')
+    # for voc
+    parser.add_argument('--count', default=800, type=int, help='images, for voc; a quarter of them for steps 8 and 9')
+    parser.add_argument('--amp', choices=['off', 'bf16'], help='of the scripts; not given: bf16 on a GPU')
+    parser.add_argument('--num_workers', default=available_cores(), type=int, help='of the scripts')
+    parser.add_argument('--csv', help='file for the result of voc')
     args = parser.parse_args()
     args.device = get_device(args.device)
     args.on_gpu = args.device.type == 'cuda'
+    args.amp = args.amp or ('bf16' if args.on_gpu else 'off')
     args.slow = not args.on_gpu and args.width > 16
     torch.set_num_threads(args.threads or torch.get_num_threads())
     gpu = torch.cuda.get_device_name(args.device) + ', ' if args.on_gpu else ''
-    print(f'{gpu}{cpu_name()}, {available_cores()} cores, {torch.get_num_threads()} threads, '
-          f'torch {torch.__version__}, Python {platform.python_version()}\n')
+    machine = (f'{gpu}{cpu_name()}, {available_cores()} cores, {torch.get_num_threads()} threads, '
+               f'torch {torch.__version__}, Python {platform.python_version()}')
+    print(machine + '\n')
+    if 'voc' in args.stages:
+        bench_voc(args, machine)
+        return
     header = 'stage', 'size', 's/image', 'reference s/image', 'ratio', 'peak MiB', 'reference MiB', 'difference'
     print('| ' + ' | '.join(header) + ' |\n' + '|---' * len(header) + '|')
     for stage in args.stages or [name for name in STAGES if not (args.slow and name in ('cam', 'train'))]:
