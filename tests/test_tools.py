@@ -9,7 +9,7 @@ from PIL import Image
 
 from conftest import GOLDEN, close, golden
 from network.slim_SEAM import Net
-from tool import files, image_files, imutils, torchutils
+from tool import files, image_files, imutils, text_files, torchutils
 
 
 def test_poly_optimizer_over_12_steps():
@@ -101,3 +101,11 @@ def test_atomic_write_leaves_the_old_file_and_no_litter_when_it_fails(tmp_path):
             file.write(b'half')
             raise RuntimeError
     assert (tmp_path / 'x').read_text() == 'old' and os.listdir(tmp_path) == ['x']
+
+
+def test_csv_files_are_read_as_they_were_written(tmp_path):
+    rows = [['a, b', 'c "d"'], ['ü', 'file \udcff']]
+    text_files.write_csv(str(tmp_path / 'x.csv'), ['first', 'second'], rows)
+    first, second = text_files.read_csv(str(tmp_path / 'x.csv'))
+    assert list(first.values()) == rows[0]
+    assert second == {'first': 'ü', 'second': 'file \\udcff'}       # a byte of a file name that is no utf-8

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 
-from tool.cli import BadInput
+from tool.cli import BadInput, check_range
 from tool.text_files import write_text
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -117,6 +117,7 @@ def bench_voc(args):
     """Prints and returns a row for each step, of COLUMNS."""
     if args.width not in NETS:
         raise BadInput(f'--width {args.width}: the scripts have networks of {" and ".join(map(str, NETS))}')
+    check_range(args, 24, 10 ** 5, 'count')
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         draw_data(f'{folder}/root', args.count, args.size or (375, 500))

@@ -27,8 +27,7 @@ setting() {
         local command=("$PYTHON" tool/tables.py --lite0 --voc12_root "$ROOT" --list "$lists/train.txt"
             --train_list "$lists/train_aug.txt" --cls_labels "$ROOT/cls_labels.npy" --num_workers "${WORKERS:-2}"
             --mean_classes background cat cow dog horse sheep --scales 0.5 1 1.5 2 --infer="--flip 1 ${FAST---tf32}"
-            --train="--crop_size $side --resize_long $side $((side * 768 / 448)) --scale_factor 0.3 ${FAST---tf32}
-                     --max_epochs ${EPOCHS:-8} $flags"
+            --train="--crop_size $side --resize_long $side $((side * 768 / 448)) $flags $common"
             --seeds "$seed" --out "$out" --resume --rows "$@" ${more[@]+"${more[@]}"})
         { printf '%q ' "${command[@]}"; echo; } | tee "$out/log.txt"
         "${command[@]}" >> "$out/log.txt" 2>&1 &
@@ -38,6 +37,7 @@ setting() {
 more=("$@")
 paper="--lr 0.01 --momentum 0.0005"     # as the original ran: its momentum is the weight decay
 momentum="--lr 0.001 --momentum 0.9"
+common="--scale_factor 0.3 --max_epochs ${EPOCHS:-8} ${FAST---tf32}"
 ends=(baseline hard-example)
 for side in ${CROPS:-448}; do
     setting ${side}_paper $side "$paper" baseline '+ ER' '+ PCM' hard-example

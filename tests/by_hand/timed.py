@@ -15,13 +15,16 @@ from torch.utils.data import dataloader
 
 from tool.devices import peak_memory
 
-passes = {}                 # of each pass, that is each iterator: its batches
+passes = []                 # lists of the batches of each pass
 
 
-def timed_next(loader, fetch=dataloader._BaseDataLoaderIter.__next__):
+def timed_next(iterator, fetch=dataloader._BaseDataLoaderIter.__next__):
+    if not hasattr(iterator, 'batches'):
+        iterator.batches = []
+        passes.append(iterator.batches)
     start = time.time()
-    batch = fetch(loader)
-    passes.setdefault(loader, []).append([time.time(), time.time() - start])
+    batch = fetch(iterator)
+    iterator.batches.append([time.time(), time.time() - start])
     return batch
 
 
@@ -33,4 +36,4 @@ if __name__ == '__main__':
         runpy.run_path(script, run_name='__main__')
     finally:
         with open(record, 'w', encoding='utf-8') as file:
-            json.dump({'batches': max(passes.values(), key=len, default=[]), 'peak': peak_memory()}, file)
+            json.dump({'batches': max(passes, key=len, default=[]), 'peak': peak_memory()}, file)
