@@ -27,7 +27,7 @@ setting() {
         local command=("$PYTHON" tool/tables.py --lite0 --voc12_root "$ROOT" --list "$lists/train.txt"
             --train_list "$lists/train_aug.txt" --cls_labels "$ROOT/cls_labels.npy" --num_workers "${WORKERS:-2}"
             --mean_classes background cat cow dog horse sheep --scales 0.5 1 1.5 2 --infer="--flip 1 ${FAST---tf32}"
-            --train="--crop_size $side --resize_long $side $((side * 768 / 448)) $flags $common"
+            --train="--crop_size $side --resize_long $side $((side * 768 / 448)) $common $flags"
             --seeds "$seed" --out "$out" --resume --rows "$@" ${more[@]+"${more[@]}"})
         { printf '%q ' "${command[@]}"; echo; } | tee "$out/log.txt"
         "${command[@]}" >> "$out/log.txt" 2>&1 &
@@ -42,8 +42,9 @@ ends=(baseline hard-example)
 for side in ${CROPS:-448}; do
     setting ${side}_paper $side "$paper" baseline '+ ER' '+ PCM' hard-example
     setting ${side}_momentum $side "$momentum" baseline '+ ER' '+ PCM' hard-example
-    # PCM as it is drawn at random, in place of trained
+    # with PCM as it is drawn at random; then also with the classifier as it is fitted at the start
     setting ${side}_untrained $side "$momentum --er_weight 0 --ecr_weight 0 --rvmin_weight 0" hard-example
+    setting ${side}_fitted $side "--lr 0 --max_epochs 1" "${ends[@]}"
 done
 for side in ${SMALLER_CROPS-192 256 320}; do
     setting ${side}_momentum $side "$momentum" "${ends[@]}"
