@@ -22,6 +22,8 @@ RUNS = {
     'make_seg_aug': ('--sbd_root sbd --voc12_root VOC2012 --num_workers 0', '--sbd_root nowhere'),
     'make_custom': ('--images VOC2012/JPEGImages --labels labels.csv --out custom', '--labels nowhere.csv'),
     'make_coco': ('--coco_root coco --out COCO --names names.txt --masks --num_workers 0', '--coco_root nowhere'),
+    'export_coco': ('--label_dir VOC2012/SegmentationClass --voc12_root VOC2012 --out coco.json --num_workers 0',
+                    '--label_dir nowhere'),
     'check': (f'--voc12_root VOC2012 --list {LISTS}/val.txt --cls_labels none.npy', '--list nowhere.txt'),
 }
 
@@ -47,12 +49,14 @@ def data(tmp_path_factory):
 
 
 def run(command, flags, cwd):
+    if command == 'export_coco':
+        pytest.importorskip('pycocotools')
     return subprocess.run([sys.executable, os.path.join(ROOT, 'voc12', command + '.py'), *flags.split()], cwd=cwd,
                           capture_output=True, text=True, timeout=60)
 
 
 def test_every_command_is_tried():
-    commands = {'check', *(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'voc12', 'make_*.py')))}
+    commands = {'check', 'export_coco', *(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, 'voc12', 'make_*.py')))}
     assert set(RUNS) == commands
 
 
@@ -81,5 +85,5 @@ def test_nothing_but_tests_imports_a_command():
     for folder in ('.', 'voc12', 'tool', 'network'):
         for path in glob.glob(os.path.join(ROOT, folder, '*.py')):
             with open(path, encoding='utf-8') as file:
-                found = re.findall(r'^\s*(?:from|import) voc12(?:\.| import )(make_\w+|check\b)', file.read(), re.M)
+                found = re.findall(r'^\s*(?:from|import) voc12(?:\.| import )(make_\w+|check\b|export_coco)', file.read(), re.M)
             assert not found, path
