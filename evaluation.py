@@ -1,7 +1,6 @@
 """Steps 3 and 6: mIoU of label maps or of score dicts, or its curve over the background score. See the README."""
 import argparse
 import functools
-import math
 import os
 import time
 
@@ -12,6 +11,7 @@ from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_i
 from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
 from tool.text_files import write_csv
+from tool.thresholds import exponent_of, exponents_to_start_with
 from tool.workers import parallel_map
 from voc12.canonical import describe_list, find_canonical
 from voc12.lists import CAT_LIST, GT_FOLDER, load_class_names, load_img_name_list
@@ -113,14 +113,12 @@ def write_results(args, result, log, end, header, rows, lines):
 
 
 def suggest_alphas(score, num_images):
-    """A line on the CRF exponents that go with the best background score, in (0, 1), of so many images: they stand to
-    its own as the paper's 4, 24 and 6 stand to the 4.5 of its best background score, 0.26."""
-    alpha = math.log(score) / math.log(1 - score)       # (1 - score)^alpha = score
-    low, high, walk = (max(factor * alpha, .1) for factor in (.9, 5.4, 1.35))
+    """A line on the exponents that go with the best background score, in (0, 1), of so many images."""
+    low, high, walk = exponents_to_start_with(score)
     images = 'image' if num_images == 1 else 'images'
-    return (f'it is that of CRF alpha {alpha:.1f}, where (1 - score)^alpha = score. From the ground truth of '
-            f'{num_images:,} {images}, one alpha below and one well above it suit train_aff.py: --crf_alpha {low:.1f} '
-            f'{high:.1f}, and infer_aff.py --alpha {walk:.1f} is where to start with the random walk')
+    return (f'it is that of CRF alpha {exponent_of(score):.1f}, where (1 - score)^alpha = score. From the ground truth '
+            f'of {num_images:,} {images}, one alpha below and one well above it suit train_aff.py: --crf_alpha '
+            f'{low:.1f} {high:.1f}, and infer_aff.py --alpha {walk:.1f} is where to start with the random walk')
 
 
 def report_curve(thresholds, matrices, categories, chosen, result, args):

@@ -1,0 +1,26 @@
+"""Background thresholds of CAMs, and the background exponents (alpha) that have the same effect. Needs no torch.
+
+With a threshold x, a pixel is background where its largest map is at most x. With an exponent a, the background score
+of a pixel is (1 - the largest map)^a, and both agree where (1 - x)^a = x.
+"""
+import math
+
+
+def exponent_of(threshold):
+    """The background exponent that has the same effect as a threshold, which is in (0, 1)."""
+    return math.log(threshold) / math.log(1 - threshold)
+
+
+def threshold_of(exponent):
+    """The inverse of `exponent_of`: the threshold in (0, 1) that has the same effect as an exponent above 0."""
+    low, high = 0., 1.
+    for _ in range(60):         # halves; (1 - x)^a - x falls with x
+        middle = (low + high) / 2
+        low, high = (middle, high) if (1 - middle) ** exponent > middle else (low, middle)
+    return low
+
+
+def exponents_to_start_with(threshold):
+    """(low, high, walk) for the best threshold, in (0, 1): the CRF exponents for train_aff.py and the exponent of the
+    random walk. They stand to the threshold's own as the paper's 4, 24 and 6 stand to the 4.5 of its best one, 0.26."""
+    return tuple(max(factor * exponent_of(threshold), .1) for factor in (.9, 5.4, 1.35))
