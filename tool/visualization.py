@@ -4,9 +4,23 @@
         --cam_dir plain_cam cam --crf_dir crf_4.0 crf_24.0 --label_dir out_rw
 
 draws the results of finished folders side by side: a row for each of the first images of the list.
+
+    python tool/visualization.py --voc12_root VOC2012 --list LIST --out sheet.png --count 20 --seed 0 \
+        --cam_dir cam --t 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8
+
+draws the labels of one folder of CAMs at several background thresholds, to choose one where there are no masks. In full
+colour are the pixels that the next threshold labels too, in white those that it turns into background. The title of a
+column and the printed table say which share of the pixels each threshold labels as object, which share the next one
+turns into background, and which exponents to begin with if this threshold is the best one: --crf_alpha LOW HIGH of
+infer_SEAM.py, and --alpha of infer_aff.py.
+
+How to choose in five minutes: look at one column after the other. Where it is too low, labels run over the background
+around most objects; where it is too high, parts of most objects are missing. Take the threshold at which both happen
+about equally often, and do not mind single images: each would like another threshold.
 """
 import argparse
 import os
+import random
 import sys
 
 import cv2
@@ -21,6 +35,7 @@ from tool import image_files, imutils, score_files
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
 from tool.files import atomic_write, describe
 from tool.image_lists import get_img_path, load_img_name_list
+from tool.thresholds import exponents_to_start_with
 
 MAX_SIDE = 65500        # pixels of a JPEG file
 MAX_CELL = 1030         # pixels of a picture that a run makes by the way
@@ -46,13 +61,24 @@ def labels_on_image(img, labels):
     return (0.3 * img + 0.7 * image_files.voc_palette()[labels]).astype(np.uint8)
 
 
+def labels_until_next(img, labels, stays):
+    """Label map (H, W), 0 background, over a uint8 (H, W, 3) RGB image that is dimmed where it is background: in VOC's
+    colours where `stays`, bool (H, W), in white elsewhere."""
+    colours = np.where(stays[..., None], image_files.voc_palette()[labels], 255)
+    return np.where(labels[..., None] > 0, 0.5 * img + 0.5 * colours, 0.6 * img).astype(np.uint8)
+
+
 def contact_sheet(rows, titles, cell=160):
     """uint8 RGB sheet: one row per list of uint8 (H, W, 3) pictures, shrunk or grown into square cells; None leaves its
-    cell blank. cell: pixels of a cell's side, fewer where the sheet would be too wide for a JPEG file."""
+    cell blank. titles: of the columns, a line or several. cell: pixels of a cell's side, fewer where the sheet would
+    be too wide for a JPEG file."""
     cell = max(min(cell, MAX_SIDE // len(titles)), 8)
-    header = np.full((24, cell * len(titles), 3), 255, np.uint8)
+    lines = max(len(title.splitlines()) for title in titles)
+    header = np.full((8 + 16 * lines, cell * len(titles), 3), 255, np.uint8)
     for i, title in enumerate(titles):
-        cv2.putText(header, title, (i * cell + 6, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+        for j, line in enumerate(title.splitlines()):
+            cv2.putText(header, line, (i * cell + 6, 17 + 16 * j), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1,
+                        cv2.LINE_AA)
     strips = [header]
     for row in rows:
         strip = np.full((cell, cell * len(titles), 3), 255, np.uint8)
@@ -164,20 +190,8 @@ def or_warning(draw, *args):
     return None
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--voc12_root', required=True, help='data root: JPEGImages/, perhaps SegmentationClass/')
-    parser.add_argument('--list', required=True, help='image names, one a line')
-    parser.add_argument('--count', default=5, type=int, help='how many of them')
-    parser.add_argument('--cam_dir', default=[], nargs='+', help='folders of CAM dicts; the strongest class is drawn')
-    parser.add_argument('--crf_dir', default=[], nargs='+', help='folders of CRF dicts')
-    parser.add_argument('--label_dir', default=[], nargs='+', help='folders of label maps')
-    parser.add_argument('--out', required=True, help='PNG to write')
-    return parser
-
-
-def main(args):
-    check_range(args, 1, 1000, 'count')
+def draw_folders(names, args):
+    """(rows, titles) of the contact sheet that shows finished folders side by side."""
     columns = []                # (title, kind, folder, flag)
     truth = os.path.join(args.voc12_root, 'SegmentationClass')
     if os.path.isdir(truth):
@@ -188,14 +202,91 @@ def main(args):
             check_dir(folder, flag)
             columns.append((os.path.basename(os.path.abspath(folder)), kind, folder, flag))
     rows = []
-    for name in load_img_name_list(args.list, '--list')[:args.count]:
+    for name in names[:args.count]:
         img = or_warning(image_files.read_image, get_img_path(name, args.voc12_root))
         if img is not None:
             img = np.asarray(img)
             rows.append([img, *(or_warning(draw_cell, img, name, *column) for _, *column in columns)])
+    return rows, ['image', *(title for title, *_ in columns)]
+
+
+def draw_thresholds(names, args):
+    """(rows, titles) of the contact sheet that shows the CAMs of one folder at the thresholds args.t, which ascend; and
+    prints the table of the thresholds. Images without a class are passed over. Raises BadInput."""
+    folder, = args.cam_dir
+    check_dir(folder, '--cam_dir')
+    rows, shares, empty = [], [], 0
+    for name in names:
+        if len(rows) == args.count:
+            break
+        path = os.path.join(folder, name + '.npy')
+        scores = score_files.load_scores(path, '--cam_dir', 'cam')
+        if not scores:
+            empty += 1
+            continue
+        img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
+        strongest = score_files.strongest_label(scores) + 1
+        highest = np.max(list(scores.values()), axis=0)
+        if highest.shape != img.shape[:2]:
+            raise BadInput(f'{path} (--cam_dir) does not fit the image, which is {img.shape[0]}x{img.shape[1]}')
+        objects = np.stack([highest > t for t in args.t])                           # (thresholds, H, W)
+        shares.append(objects.mean(axis=(1, 2)) * 100)
+        stays = [*objects[1:], objects[-1]]                                         # what the next threshold labels
+        rows.append([img, cam_on_image(img, highest),
+                     *(labels_until_next(img, strongest * now, later) for now, later in zip(objects, stays))])
+    if empty:
+        print(f'{empty} of the images are passed over: they have no class, so no CAM')
+    if not rows:
+        raise BadInput(f'nothing to draw: no image of {args.list} (--list) has a class in {folder} (--cam_dir)')
+    return rows, ['image', 'strongest class', *describe_thresholds(args.t, shares)]
+
+
+def describe_thresholds(thresholds, shares):
+    """Prints the table of the thresholds, and returns their titles on the sheet. shares: for each image, (thresholds,)
+    percentages of its pixels that each of them labels as object."""
+    share = np.mean(shares, axis=0)
+    print(f'mean of {len(shares)} images\nthreshold   object  next: background   --crf_alpha   --alpha')
+    titles = []
+    for t, object_share, loss in zip(thresholds, share, [*(share[:-1] - share[1:]), None]):
+        low, high, walk = exponents_to_start_with(t)
+        change = '' if loss is None else f'{loss:.1f}%'
+        print(f'{t:9.2f} {object_share:7.1f}% {change:>17} {low:6.1f} {high:6.1f} {walk:9.1f}')
+        titles.append(f'{t:g}: {object_share:.0f}% object\n{change and "next: -" + change}\n'
+                      f'CRF {low:.1f} {high:.1f}\nwalk {walk:.1f}')
+    return titles
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--voc12_root', required=True, help='data root: JPEGImages/, perhaps SegmentationClass/')
+    parser.add_argument('--list', required=True, help='image names, one a line')
+    parser.add_argument('--count', default=5, type=int, help='how many of them')
+    parser.add_argument('--seed', type=int, metavar='N',
+                        help='draw images of the list at random, other ones with another number; not given: the first')
+    parser.add_argument('--cam_dir', default=[], nargs='+', help='folders of CAM dicts; the strongest class is drawn')
+    parser.add_argument('--t', type=float, nargs='+', metavar='T',
+                        help='background thresholds, 0.01 to 0.99: draw the labels of one --cam_dir at each of them, '
+                             'without ground truth')
+    parser.add_argument('--crf_dir', default=[], nargs='+', help='folders of CRF dicts')
+    parser.add_argument('--label_dir', default=[], nargs='+', help='folders of label maps')
+    parser.add_argument('--out', required=True, help='PNG to write')
+    return parser
+
+
+def main(args):
+    check_range(args, 1, 1000, 'count')
+    check_range(args, 0.01, 0.99, 't')
+    if args.t and (len(args.cam_dir) != 1 or args.crf_dir or args.label_dir):
+        raise BadInput('--t draws one folder of CAMs: name one --cam_dir, and leave --crf_dir and --label_dir out')
+    names = load_img_name_list(args.list, '--list')
+    if args.seed is not None:
+        random.Random(args.seed).shuffle(names)
+    if args.t:
+        args.t = sorted(set(args.t))
+    rows, titles = (draw_thresholds if args.t else draw_folders)(names, args)
     if not rows:
         raise BadInput(f'nothing to draw: no image of {args.list} (--list) is in {args.voc12_root} (--voc12_root)')
-    sheet = contact_sheet(rows, ['image', *(title for title, *_ in columns)])
+    sheet = contact_sheet(rows, titles)
     with atomic_write(args.out) as file:
         Image.fromarray(sheet).save(file, format='PNG', optimize=True)
 
