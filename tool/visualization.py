@@ -14,9 +14,8 @@ column and the printed table say which share of the pixels each threshold labels
 turns into background, and which exponents to begin with if this threshold is the best one: --crf_alpha LOW HIGH of
 infer_SEAM.py, and --alpha of infer_aff.py.
 
-How to choose in five minutes: look at one column after the other. Where it is too low, labels run over the background
-around most objects; where it is too high, parts of most objects are missing. Take the threshold at which both happen
-about equally often, and do not mind single images: each would like another threshold.
+How to choose in five minutes: for each image note the threshold where the label runs over the background about as much
+as it misses parts of the object, pass over the images whose CAM is on something else, and take the median.
 """
 import argparse
 import os
