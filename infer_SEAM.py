@@ -15,6 +15,7 @@ from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.on_error import Errors, no_more_than_a_warning
 from tool.outputs import ResultFolder, SpaceCheck, describe_folder, open_folders, warn_of_background
+from tool.thresholds import threshold_of
 from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
@@ -150,7 +151,8 @@ def get_args_parser():
     add('--out_cam_pred_alpha', default=0.26, type=float, help='background score of these maps (not an exponent)')
     add('--cam_dtype', default='float32', choices=['float32', 'float16'], help='of the CAM and CRF dicts')
     add('--cam_format', default='npy', choices=['npy', 'npz'], help='npz: compressed, without pickle, slower to write')
-    add('--vis_dir', help='folder for pictures of the maps, NAME.jpg')
+    add('--vis_dir', help='folder for pictures, NAME.jpg: the maps, and labels at the background scores that the label '
+        'maps use and that go with --crf_alpha')
     add('--vis_count', default=20, type=int, help='how many images of the list get one, if not finished already')
     add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
     add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
@@ -175,13 +177,19 @@ def check_args(args):
         raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
 
 
-def save_picture(path, orig_img, cam_dict, class_names, background_score):
-    """Writes the image, its maps and their labels side by side."""
-    labels = label_map(cam_dict, background_score)
+def scores_of_pictures(args):
+    """Background scores at which the pictures show labels: that of the run's label maps, and those that have the effect
+    of its CRF exponents (the CRF itself is not drawn); --out_cam_pred_alpha where the run writes CAMs alone."""
+    of_crfs = [threshold_of(alpha) for alpha in args.crf_alpha] if args.out_crf else []
+    return of_crfs if of_crfs and not args.out_cam_pred else [args.out_cam_pred_alpha, *of_crfs]
+
+
+def save_picture(path, orig_img, cam_dict, class_names, background_scores):
+    """Writes the image, its maps and their labels at each of the background scores side by side."""
     visualization.save_picture(
         path, [orig_img, *(visualization.cam_on_image(orig_img, cam) for cam in cam_dict.values()),
-               visualization.labels_on_image(orig_img, labels)],
-        ['image', *(class_names[key] for key in cam_dict), f'at {background_score}'])
+               *(visualization.labels_on_image(orig_img, label_map(cam_dict, score)) for score in background_scores)],
+        ['image', *(class_names[key] for key in cam_dict), *(f'at {score:.2f}' for score in background_scores)])
 
 
 def main(args):
@@ -252,7 +260,7 @@ def main(args):
                 if name in pictured:
                     with no_more_than_a_warning(f'no picture of {name}'):
                         save_picture(os.path.join(args.vis_dir, name + '.jpg'), orig_img, cam_dict, class_names,
-                                     args.out_cam_pred_alpha)
+                                     scores_of_pictures(args))
                 if crf_folders:
                     pool.submit(write_crf, name, cam_dict, args.crf_alpha, orig_img, crf_folders, args.cam_dtype,
                                 backend, device, name=name)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import infer_SEAM
 from tool import thresholds, visualization
 from tool.cli import BadInput
 
@@ -103,3 +104,24 @@ def test_cams_that_do_not_fit_their_image_are_refused(root):
     Image.new('RGB', (10, 11)).save(root / 'JPEGImages/a.jpg')
     with pytest.raises(BadInput, match='a.npy .--cam_dir.*11x10'):
         draw(root, '--t', .5)
+
+
+# ----- the pictures of infer_SEAM.py -----
+
+@pytest.mark.parametrize('flags, expected', [
+    (['--out_crf', 'crf', '--crf_alpha', '1', '4'], [.5, .28]), (['--out_cam_pred', 'p'], [.26]),
+    (['--out_cam_pred', 'p', '--out_cam_pred_alpha', '.4', '--out_crf', 'crf', '--crf_alpha', '1'], [.4, .5]),
+    (['--out_cam', 'cam', '--out_cam_pred_alpha', '.6'], [.6])])
+def test_pictures_show_labels_at_the_thresholds_that_the_run_uses(flags, expected):
+    scores = infer_SEAM.scores_of_pictures(infer_SEAM.get_args_parser().parse_args(flags))
+    assert np.round(scores, 2).tolist() == expected
+
+
+def test_a_picture_has_the_labels_of_every_threshold(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(visualization, 'save_picture', lambda *picture: shown.append(picture))
+    cam_dict = {1: np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10)}
+    infer_SEAM.save_picture('x.jpg', np.full((10, 10, 3), 90, np.uint8), cam_dict, ['cat', 'dog'], [.5, .2])
+    (_, pictures, titles), = shown
+    assert titles == ['image', 'dog', 'at 0.50', 'at 0.20']
+    assert [(picture[..., 1] > 27).sum() for picture in pictures[2:]] == [50, 80]   # class 2 is (0, 128, 0)
