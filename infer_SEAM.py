@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision import transforms
 
+from network.seam import class_scores
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
@@ -27,19 +28,24 @@ MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf
 
 
 def grad_cam(net, x, plus):
-    """Grad-CAM (Selvaraju et al. 2017) or, with `plus`, Grad-CAM++ (Chattopadhay et al. 2018) at conv6, times the
-    number of pixels: (N, 3, H, W) -> (N, 1+C, h, w), >= 0.
+    """Grad-CAM (Selvaraju et al. 2017) or, with `plus`, Grad-CAM++ (Chattopadhay et al. 2018) at conv6, for the scores
+    that the classification loss sees, `class_scores`: (N, 3, H, W) -> (N, 1+C, h, w), >= 0.
 
-    A class's score is the mean of its map, so its gradient is the classifier's weight / pixels everywhere and both
-    methods have closed forms. That of Grad-CAM is the ReLU of the CAM.
+    A channel A counts with the sum over its pixels of the score's gradient g, or with `plus` of
+    relu(g) g^2 / (2 g^2 + g^3 sum(A)).
     """
-    features = net.forward_as_dict(x)['conv6']                                     # (N, D, h, w)
-    weight = net.fc8.weight[None, :, :, 0, 0]                                      # (1, 1+C, D)
-    if plus:
-        # its weights are g^2 / (2 g^2 + g^3 sum(A)) for a gradient g, of which only positive ones count
-        gradient = F.relu(weight) / features[0, 0].numel()
-        weight = F.relu(weight) / (2 + features.sum(dim=(2, 3))[:, None] * gradient)
-    return F.relu(torch.einsum('nkd,ndhw->nkhw', weight.expand(len(x), -1, -1), features))
+    features = net.forward_as_dict(x)['conv6'].float()                             # (N, D, h, w)
+    total = features.sum(dim=(2, 3), keepdim=True)
+    maps = []
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = features.detach().clone().requires_grad_()
+        for score in class_scores(net.classify(leaf)).sum(dim=0):                  # images do not mix
+            gradient, = torch.autograd.grad(score, leaf, retain_graph=True)
+            if plus:
+                gradient = F.relu(gradient) / (2 + gradient * total)
+            weight = gradient.sum(dim=(2, 3), keepdim=True)
+            maps.append(F.relu((weight * features).sum(dim=1)))
+    return torch.stack(maps, dim=1)
 
 
 def class_maps(net, x, kind):
@@ -206,7 +212,7 @@ def main(args):
             args.infer_list, voc12_root=args.voc12_root, scales=args.scales, cls_labels=args.cls_labels,
             inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
             class_names=class_names)
-        net = import_network(args.network, 'PCM', args.backbone)(
+        net = import_network(args.network, 'SEAM', args.backbone)(
             num_classes=len(class_names), pcm=args.pcm == 'on' and args.map == 'cam_rv')
         load_trained(net, args.weights, device)
 

@@ -111,7 +111,7 @@ def main(args):
 
     # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=normalize)
-    net = import_network(args.network, 'segments', args.backbone)(num_classes=len(class_names))
+    net = import_network(args.network, 'segmentation', args.backbone)(num_classes=len(class_names))
     load_trained(net, args.weights, device)
 
     # ----- outputs -----

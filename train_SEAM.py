@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from network.seam import pseudo_label
+from network.seam import class_scores, pseudo_label
 from network.weights import load_weights
 from tool import imutils, visualization
 from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
@@ -37,7 +37,7 @@ def max_norm(cam):
 
 def classification_loss(cam, label):
     """Multi-label soft margin of the mean foreground scores. cam: raw (N, 1+C, H, W); label: (N, C)."""
-    return F.multilabel_soft_margin_loss(cam[:, 1:].mean(dim=(2, 3)), label)
+    return F.multilabel_soft_margin_loss(class_scores(cam[:, 1:]), label)
 
 
 def adaptive_min_pooling_loss(cam):
@@ -283,7 +283,7 @@ def main(args):
     max_step = len(dataset) // args.batch_size * args.max_epoches
 
     # ----- network and optimizer -----
-    net = import_network(args.network, 'PCM', args.backbone)(
+    net = import_network(args.network, 'SEAM', args.backbone)(
         num_classes=len(class_names), pcm=args.pcm == 'on' and not args.classifier_only, train_bn=args.train_bn,
         checkpointing=args.checkpointing, dropout=args.dropout)
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
@@ -340,7 +340,7 @@ def main(args):
             terms, cam, cam_rv = forward_losses(model, img_part, label_part, draw, objective, args.amp)
             scaler.scale(terms['loss'] / args.accum).backward()
             meter.add({name: term.detach() for name, term in terms.items()}, step, names)
-            quality.add(cam.detach()[:, 1:].mean(dim=(2, 3)), label_part)
+            quality.add(class_scores(cam.detach()[:, 1:]), label_part)
         scaler.step(optimizer)
         scaler.update()
         if step % args.log_every == 0 or step == batches.max_step - 1:

@@ -103,7 +103,7 @@ def main(args):
     device = set_up(args.seed, args.device, args.tf32, args.amp, args.deterministic)
 
     # ----- data -----
-    net = import_network(args.network, 'radius', args.backbone)(checkpointing=args.checkpointing)
+    net = import_network(args.network, 'affinity', args.backbone)(checkpointing=args.checkpointing)
     dataset = VOC12AffDataset(
         args.train_list, label_la_dir=args.la_crf_dir, label_ha_dir=args.ha_crf_dir,
         cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius, num_classes=len(class_names),

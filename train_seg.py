@@ -114,7 +114,7 @@ def main(args):
     check_batch_size(len(dataset), args.batch_size, args.train_list)
 
     # ----- network and optimizer -----
-    net = import_network(args.network, 'segments', args.backbone)(
+    net = import_network(args.network, 'segmentation', args.backbone)(
         num_classes=len(class_names), freeze_bn=args.freeze_bn, bn_momentum=args.bn_momentum,
         checkpointing=args.checkpointing)
     if args.sync_bn and net.takes_backbone:

@@ -38,12 +38,12 @@ def to_dense_matrix(aff, h, w, radius):
 
 class AffinityHead(Network):
     """Pairs are pixels of the feature map less than `radius` apart. The options: see `Network`."""
-    new_heads = ('f8_3.weight', 'f8_4.weight', 'f8_5.weight', 'f9.weight')
+    kind = 'affinity'
     radius = 5
 
-    def __init__(self, train_bn=False, checkpointing=False, dropout=1.0, **backbone):
-        """backbone: what the constructor of the backbone takes, such as ResNet38's `width`."""
-        super().__init__(**backbone)
+    def __init__(self, train_bn=False, checkpointing=False, dropout=1.0, backbone=None):
+        """backbone: a name, for backbones that are chosen by one (`--backbone`)."""
+        super().__init__(*([backbone] if backbone else []))
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
         narrow4, narrow5, narrow6 = self.width, 2 * self.width, 4 * self.width      # 64, 128, 256 in the paper
         embedded = narrow4 + narrow5 + narrow6
@@ -51,6 +51,7 @@ class AffinityHead(Network):
         self.f8_4 = nn.Conv2d(conv5, narrow5, 1, bias=False)
         self.f8_5 = nn.Conv2d(conv6, narrow6, 1, bias=False)
         self.f9 = nn.Conv2d(embedded, embedded, 1, bias=False)
+        self.from_scratch_layers = [self.f8_3, self.f8_4, self.f8_5, self.f9]
         for layer in (self.f8_3, self.f8_4, self.f8_5):
             nn.init.kaiming_normal_(layer.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)

@@ -31,28 +31,49 @@ class Network(nn.Module):
     A backbone is a subclass of Network with
       channels: dict, the widths of its feature maps, {'conv4': ..., 'conv5': ..., 'conv6': ...};
       width: heads project conv4, conv5 and conv6 to width, 2 width and 4 width channels; 64 without it;
-      not_training: list of the layers that stay frozen; none without it;
+      not_training: list of the modules and parameters that stay frozen; none without it;
       forward_as_dict(x): normalised images (N, 3, H, W) -> dict of the feature maps conv4, conv5 and conv6, each
         (N, its channels, h, w) after its activation, all of one h and w, whatever they are.
     Layers that it calls by `self.run(layer, x)` take less memory with `checkpointing`.
 
-    A head (`SEAMHead` in network/seam.py, `AffinityHead` in network/affinity.py) reads `channels`, adds its layers and
-    has `forward`, `new_heads` and `classifier`; the scripts also use `fc8`, `class_maps` and `PCM` of SEAM's and
-    `radius` of AffinityNet's. Its constructor takes these options, which nothing changes afterwards:
-      train_bn: train the norms and the `not_training` layers too. Without it they are frozen in either mode, as in
-        the reference;
+    A head (`SEAMHead` in network/seam.py, `AffinityHead` in network/affinity.py, `DeepLab` in network/deeplab.py) reads
+    `channels`, adds its layers and has
+      kind: 'SEAM', 'affinity' or 'segmentation', which tells the scripts what they can do with the network;
+      from_scratch_layers: list of what it adds to the backbone, modules and bare parameters. A file of pretrained
+        weights lacks them, the optimizer has them in groups of their own, and none of them is frozen;
+      classifier_layers: those of them whose shape follows from the number of classes;
+      forward; the scripts also use `classify` and `class_maps` of SEAM's and `radius` of AffinityNet's.
+    Its constructor takes these options, which nothing changes afterwards:
+      train_bn: train the norms and the `not_training` layers of the backbone too. Without it they are frozen in
+        either mode, as in the reference;
       checkpointing: while training, keep the inputs of `run` alone and compute the rest again in the backward pass:
         less memory, a fifth more operations;
       dropout: factor on all dropout rates.
 
     `DeepLab` (network/deeplab.py) has its backbone as a part, for the names of its released weights.
     """
-    new_heads = ()      # state-dict names of the weights that the head adds to the backbone, in module order
-    classifier = ()     # those of them whose shape follows from the number of classes
-    not_training = ()
+    kind = None
+    from_scratch_layers = classifier_layers = not_training = ()
     width = 64
     train_bn = checkpointing = False
-    takes_backbone = False      # whether the constructor takes `backbone`, of the `--backbone` flag
+    takes_backbone = False      # whether the constructor takes `backbone`, the name that the `--backbone` flag gives
+    backbone_name = None        # that name
+
+    @property
+    def new_heads(self):
+        """State-dict names of the tensors of `from_scratch_layers`, in module order."""
+        return self.names_of(self.from_scratch_layers)
+
+    @property
+    def classifier(self):
+        """State-dict names of the tensors of `classifier_layers`, in module order."""
+        return self.names_of(self.classifier_layers)
+
+    def names_of(self, layers):
+        """State-dict names of the parameters and buffers of these modules and bare parameters, in module order."""
+        tensors = {id(tensor) for layer in layers for tensor in
+                   (layer.state_dict(keep_vars=True).values() if isinstance(layer, nn.Module) else [layer])}
+        return tuple(name for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in tensors)
 
     def set_options(self, train_bn, checkpointing, dropout):
         """For constructors, once all layers are there."""
@@ -77,34 +98,36 @@ class Network(nn.Module):
                               context_fn=lambda: (contextlib.nullcontext(), hold_statistics(layer)))
         return layer(x)
 
+    def frozen_norms(self):
+        """The norms whose gains and shifts are not trained: those of the backbone, unless `train_bn`."""
+        new = {module for layer in self.from_scratch_layers if isinstance(layer, nn.Module)
+               for module in layer.modules()}
+        return [module for module in self.modules()
+                if isinstance(module, NORMS) and module not in new and not self.train_bn]
+
     def train(self, mode=True):
-        """Sets the mode, then freezes the norms and the `not_training` layers again. Returns self."""
+        """Sets the mode, then freezes the `frozen_norms` and the `not_training` layers again. Returns self."""
         super().train(mode)
-        if self.train_bn:
-            return self
-        for module in self.modules():
-            if isinstance(module, NORMS):
-                module.eval()
-                module.requires_grad_(False)
-        for layer in self.not_training:
+        for norm in self.frozen_norms():
+            norm.eval().requires_grad_(False)
+        for layer in self.not_training if not self.train_bn else ():
             layer.requires_grad_(False)
         return self
 
     def get_parameter_groups(self):
-        """Four lists for the optimizer: backbone weights, backbone biases, new-head weights, new-head biases.
+        """Four lists for the optimizer: backbone weights, backbone biases, new weights, new biases.
 
-        As in the reference, frozen convolutions are in the first list (without a gradient they never move) and
-        norms are in none. With `train_bn`, their gains and shifts join the second list, where all parameters are
-        that are not called a weight.
+        New are the parameters of `from_scratch_layers`, whatever they are called. Weights have two or more dimensions:
+        kernels, matrices, also bare ones, and embeddings of positions. Biases are all others, and the gains and shifts
+        of norms. As in the reference, frozen convolutions are in the first list (without a gradient they never move),
+        and `frozen_norms` in none.
         """
-        norms = {id(parameter) for module in self.modules() if isinstance(module, NORMS)
-                 for parameter in module.parameters()}
+        norms, frozen = ({id(parameter) for module in modules for parameter in module.parameters()} for modules in
+                         ([module for module in self.modules() if isinstance(module, NORMS)], self.frozen_norms()))
+        new = set(self.new_heads)
         groups = ([], [], [], [])
         for name, parameter in self.named_parameters():
-            is_norm = id(parameter) in norms
-            if is_norm and not self.train_bn:
-                continue
-            layer, _, kind = name.rpartition('.')
-            new = 2 if layer + '.weight' in self.new_heads else 0
-            groups[new if kind.endswith('weight') and not is_norm else new + 1].append(parameter)
+            if id(parameter) not in frozen:
+                is_bias = parameter.ndim < 2 or id(parameter) in norms
+                groups[2 * (name in new) + is_bias].append(parameter)
         return groups

@@ -14,15 +14,11 @@ class DeepLab(Network):
     statistics by the share `bn_momentum`, in the backbone too; its gains and shifts are in no parameter group, so they
     stay what they were. With `freeze_bn` all norms use their running statistics, which then stay too.
     """
-    new_heads = ('conv_fov.weight', 'bn_fov.weight', 'bn_fov.bias', 'bn_fov.running_mean', 'bn_fov.running_var',
-                 'conv_fov2.weight', 'bn_fov2.weight', 'bn_fov2.bias', 'bn_fov2.running_mean', 'bn_fov2.running_var',
-                 'cls_conv.weight', 'cls_conv.bias')
-    classifier = 'cls_conv.weight', 'cls_conv.bias'
-    segments = True     # tells the kind of network
+    kind = 'segmentation'
 
     def __init__(self, backbone, num_classes=20, freeze_bn=False, bn_momentum=BN_MOMENTUM, checkpointing=False):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.backbone_name = backbone, backbone.backbone_name
         backbone.set_options(train_bn=True, checkpointing=checkpointing, dropout=1.0)
         self.freeze_bn = freeze_bn
         channels = backbone.channels['conv6']
@@ -33,18 +29,23 @@ class DeepLab(Network):
         self.bn_fov2 = nn.BatchNorm2d(hidden)
         self.dropout = nn.Dropout(0.5)
         self.cls_conv = nn.Conv2d(hidden, 1 + num_classes, 1)
+        self.from_scratch_layers = [self.conv_fov, self.bn_fov, self.conv_fov2, self.bn_fov2, self.cls_conv]
+        self.classifier_layers = [self.cls_conv]
         for conv in (self.conv_fov, self.conv_fov2, self.cls_conv):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = bn_momentum
 
+    def frozen_norms(self):
+        """All norms: as published, the optimizer has no gain and no shift, not even those of the new layers."""
+        return [module for module in self.modules() if isinstance(module, NORMS)]
+
     def train(self, mode=True):
         """Sets the mode. Freezes nothing but, with `freeze_bn`, the running statistics of the norms. Returns self."""
         nn.Module.train(self, mode)
-        for module in self.modules():
-            if isinstance(module, NORMS) and self.freeze_bn:
-                module.eval()
+        for norm in self.frozen_norms() if self.freeze_bn else ():
+            norm.eval()
         return self
 
     def forward(self, x):

@@ -25,15 +25,20 @@ def normalize_cam_for_pcm(cam):
     return pseudo_label(F.relu(cam - 1e-5) / maximum)
 
 
+def class_scores(cam):
+    """Raw maps (N, K, h, w) -> (N, K), the scores of the images that the classification loss and Grad-CAM see."""
+    return cam.mean(dim=(2, 3))
+
+
 class SEAMHead(Network):
     """`num_classes` foreground classes; channel 0 of every output is the background. Without `pcm` the refined map
     is the raw one, and f8_3, f8_4 and f9 are idle. The other options: see `Network`."""
-    classifier = ('fc8.weight',)
-    new_heads = (*classifier, 'f8_3.weight', 'f8_4.weight', 'f9.weight')
+    kind = 'SEAM'
 
-    def __init__(self, num_classes=NUM_CLASSES, pcm=True, train_bn=False, checkpointing=False, dropout=1.0, **backbone):
-        """backbone: what the constructor of the backbone takes, such as ResNet38's `width`."""
-        super().__init__(**backbone)
+    def __init__(self, num_classes=NUM_CLASSES, pcm=True, train_bn=False, checkpointing=False, dropout=1.0,
+                 backbone=None):
+        """backbone: a name, for backbones that are chosen by one (`--backbone`)."""
+        super().__init__(*([backbone] if backbone else []))
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
         narrow4, narrow5 = self.width, 2 * self.width                   # 64 and 128 in the paper
         self.dropout7 = nn.Dropout2d(0.5)
@@ -41,6 +46,8 @@ class SEAMHead(Network):
         self.f8_3 = nn.Conv2d(conv4, narrow4, 1, bias=False)
         self.f8_4 = nn.Conv2d(conv5, narrow5, 1, bias=False)
         self.f9 = nn.Conv2d(3 + narrow4 + narrow5, narrow4 + narrow5, 1, bias=False)
+        self.from_scratch_layers = [self.fc8, self.f8_3, self.f8_4, self.f9]
+        self.classifier_layers = [self.fc8]
         nn.init.xavier_uniform_(self.fc8.weight)
         nn.init.kaiming_normal_(self.f8_3.weight)
         nn.init.kaiming_normal_(self.f8_4.weight)
@@ -59,11 +66,15 @@ class SEAMHead(Network):
         size = x.shape[2:]
         return tuple(F.interpolate(cam, size, mode='bilinear', align_corners=True) for cam in self.class_maps(x))
 
+    def classify(self, conv6):
+        """conv6 (N, its channels, h, w) -> raw class maps (N, 1+C, h, w), whose `class_scores` are learned."""
+        with torch.autocast(conv6.device.type, enabled=False):  # classes that tie in half precision would all survive
+            return self.fc8(self.dropout7(conv6.to(self.fc8.weight.dtype)))
+
     def class_maps(self, x):
         """As `forward`, at the size of the feature maps: two (N, 1+C, h, w)."""
         features = self.forward_as_dict(x)
-        with torch.autocast(x.device.type, enabled=False):      # classes that tie in half precision would all survive
-            cam = self.fc8(self.dropout7(features['conv6'].to(self.fc8.weight.dtype)))     # (N, 1+C, h, w)
+        cam = self.classify(features['conv6'])
         if not self.pcm:
             return cam, cam
         f = torch.cat([F.interpolate(x, cam.shape[2:], mode='bilinear', align_corners=True),

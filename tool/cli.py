@@ -110,21 +110,23 @@ def make_dir(path, flag):
         raise BadInput(f'cannot create the folder {path} ({flag}): {error.strerror}') from error
 
 
-def import_network(name, attribute, backbone=None):
-    """The class Net of the module of the `--network` flag; it must have `attribute`, which tells the kind of network.
-    backbone: of the `--backbone` flag, which the networks of timm take. Raises BadInput."""
+def import_network(name, kind, backbone=None):
+    """The class Net of the module of the `--network` flag, a `Network` of network/base.py of this kind: 'SEAM',
+    'affinity' or 'segmentation'. backbone: the `--backbone` flag, a name for networks that take one. Raises BadInput.
+    """
     try:
         module = importlib.import_module(name)
     except (ImportError, TypeError, ValueError) as error:
-        raise BadInput(f'no network {name} (--network): {error}') from error
+        raise BadInput(f'cannot import the network {name} (--network): {error}') from error
     net = getattr(module, 'Net', None)
-    if not hasattr(net, attribute):
-        raise BadInput(f'{name} (--network) is no network for this script: it has no Net.{attribute}')
+    if getattr(net, 'kind', None) != kind:
+        what = f'its Net has the kind {getattr(net, "kind", None)!r}' if net else 'it has no class Net'
+        raise BadInput(f'{name} (--network) is no network for this script, which needs one of the kind {kind!r}: {what}')
     if backbone is None:
         return net
-    if not getattr(net, 'takes_backbone', False):
-        raise BadInput(f'--backbone {backbone}: {name} (--network) has a backbone of its own; network.timm_SEAM and '
-                       'the like take one')
+    if not net.takes_backbone:
+        raise BadInput(f'--backbone {backbone}: {name} (--network) has a backbone of its own; network.timm_SEAM, '
+                       'network.timm_aff and network.timm_deeplab take one of timm by its name')
     return functools.partial(net, backbone=backbone)
 
 

@@ -33,7 +33,7 @@ import infer_aff
 import infer_SEAM
 import pipeline
 import train_SEAM
-from network import resnet38_SEAM
+from network import resnet38_SEAM, slim_SEAM
 from network.affinity import AffinityHead, to_dense_matrix
 from network.seam import NUM_CLASSES, normalize_cam_for_pcm
 from tool import crf, image_files, imutils, score_files
@@ -154,7 +154,7 @@ def write_files(root, count, h, w):
 def seam_net(args, memory_format=torch.contiguous_format, checkpointing=False):
     """SEAM with random weights, always the same, that a signal gets through."""
     set_seed(0)
-    net = resnet38_SEAM.Net(checkpointing=checkpointing, width=args.width)
+    net = (resnet38_SEAM if args.width == 64 else slim_SEAM).Net(checkpointing=checkpointing)
     calibrate_batch_norm(net, [torch.stack([normalized(96, 96), normalized(96, 96, 1)])])
     return net.eval().to(args.device, memory_format=memory_format)
 
@@ -376,7 +376,7 @@ def main():
     parser.add_argument('--repeat', type=int, help='turns after the warm-up: 5, where they take minutes 1')
     parser.add_argument('--device', choices=['cuda', 'cpu'], help='not given: cuda where there is one')
     parser.add_argument('--threads', type=int, help="of PyTorch on the CPU; not given: PyTorch's choice")
-    parser.add_argument('--width', default=64, type=int, help='of the network; 16 for a quick trial')
+    parser.add_argument('--width', default=64, type=int, choices=[16, 64], help='of the network; 16 for a quick trial')
     # for voc
     parser.add_argument('--count', default=800, type=int, help='images, for voc; a quarter of them for steps 8 and 9')
     parser.add_argument('--amp', choices=['off', 'bf16'], help='of the scripts; not given: bf16 on a GPU')
