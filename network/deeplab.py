@@ -60,7 +60,7 @@ class DeepLab(Network):
 
     def rename_pretrained(self, weights):
         """Of a file that is not this network's: the backbone's weights, without the head of SEAM or AffinityNet."""
-        if any(name.startswith('backbone.') for name in weights):
-            return weights
-        renamed = self.backbone.rename_pretrained(weights)
-        return {'backbone.' + name: renamed[name] for name in self.backbone.state_dict() if name in renamed} or weights
+        trained = {name.removeprefix('backbone.'): weights[name] for name in weights if name.startswith('backbone.')}
+        renamed = self.backbone.rename_pretrained(trained or weights)
+        renamed = {'backbone.' + name: renamed[name] for name in self.backbone.state_dict() if name in renamed}
+        return {**weights, **renamed} if trained else renamed or weights

@@ -14,15 +14,14 @@ NEEDED = 'a file of torch.save(net.state_dict(), ...) is needed'
 
 
 def _read(path):
-    """What is in a `.pth` of PyTorch or MXNet's ImageNet file, told apart by the content. Nothing in it is run.
-    Raises ValueError for other files; a damaged one raises whatever it leads to."""
+    """What is in a `.pth` of PyTorch, a safetensors file or MXNet's ImageNet file, told apart by the content. Nothing in
+    it is run. Raises ValueError for other files; a damaged one raises whatever it leads to."""
     with open(path, 'rb') as file:
         start = file.read(200)
     if not start:
         raise ValueError('it is empty')
     if start[5:9] == b'\0\0\0{':
-        raise ValueError('it is a safetensors file, which is not read; convert it: '
-                         "torch.save(safetensors.torch.load_file('OLD.safetensors'), 'NEW.pth')")
+        return _read_safetensors(path)
     if min(start) >= 9:         # no binary file of these kinds
         if start.startswith(b'version https://git-lfs'):
             raise ValueError('it is a pointer of Git LFS; get the file itself with `git lfs pull`')
@@ -32,6 +31,14 @@ def _read(path):
     if start.startswith(MXNET_START) or path.endswith('.params'):
         return convert_mxnet_to_torch(path)
     return load_tensors(path)
+
+
+def _read_safetensors(path):
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError('it is a safetensors file; to read it, pip install safetensors') from error
+    return load_file(path)
 
 
 def _is_state_dict(content):
@@ -113,7 +120,8 @@ def _describe_shape(name, theirs, ours, is_classifier):
 
 
 def load_weights(net, path, new_heads=(), reset=()):
-    """Loads a released `.pth` (bare state dict), a checkpoint that has one as an entry, or the ImageNet `.params`.
+    """Loads a released `.pth` (bare state dict), a checkpoint that has one as an entry, safetensors, or the ImageNet
+    `.params`.
 
     Nothing may be missing, or exactly `new_heads` (what a training script adds to a backbone); nothing may be
     unexpected, have another shape, or values that are not finite. Tensors named in `reset` are not taken from the
@@ -127,11 +135,13 @@ def load_weights(net, path, new_heads=(), reset=()):
     unexpected = [name for name in weights if name not in own]
     shapes = [_describe_shape(name, weights[name].shape, own[name].shape, name in net.classifier)
               for name in own if name in weights and weights[name].shape != own[name].shape]
-    lacking = [] if set(missing) in (set(new_heads), set(reset)) else missing
+    lacking = [] if set(missing) in (own.keys() & set(new_heads), own.keys() & set(reset)) else missing
     problems = [f'{label}: {_short(names)}' for label, names in
                 (('missing', lacking), ('unexpected', unexpected), ('other shape', shapes)) if names]
     if problems:
-        raise BadInput(f'{path} (--weights) does not fit {type(net).__module__} (--network): ' + '; '.join(problems))
+        backbone = f' with --backbone {net.backbone_name}' if net.backbone_name else ''
+        raise BadInput(f'{path} (--weights) does not fit {type(net).__module__} (--network){backbone}: '
+                       + '; '.join(problems))
     _check_values(weights, own, path)
     net.load_state_dict(weights, strict=False)
     fresh = f'; new, randomly initialised: {_short(missing)}' if missing else ''

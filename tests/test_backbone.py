@@ -3,9 +3,14 @@ import importlib
 
 import pytest
 import torch
+from torch import nn
 
-from network import seam, slim_SEAM
+from network import seam, slim_deeplab, slim_SEAM
+from network.base import Network
+from network.weights import load_weights
 from test_scripts import done, run
+from tool import training
+from tool.cli import BadInput, import_network
 
 # stride 16, a linear layer, biases, another norm than batch norm
 BACKBONE = '''
@@ -88,6 +93,89 @@ def test_parameter_groups_cover_linear_layers_and_biases_and_leave_the_norms_out
         list(net.new_heads), []]
     groups = make('mine_SEAM', train_bn=True).get_parameter_groups()
     assert [len(group) for group in groups] == [3, 5, 4, 0]
+
+
+class RichHead(Network):
+    """A head of what people add: a norm, attention, a gain and an embedding of positions that are bare parameters, a
+    bias, a matrix that is not called a weight."""
+    kind = 'SEAM'
+
+    def __init__(self, num_classes=3, train_bn=False):
+        super().__init__()
+        self.before = nn.GroupNorm(4, 32)
+        self.attention = nn.MultiheadAttention(32, 2)
+        self.position = nn.Parameter(torch.zeros(1, 32, 1))
+        self.gain = nn.Parameter(torch.ones(32))
+        self.mixing = nn.Parameter(torch.eye(32))
+        self.norm_of_head = nn.BatchNorm1d(32)
+        self.fc8 = nn.Linear(32, 1 + num_classes)
+        self.from_scratch_layers = [self.before, self.attention, self.position, self.gain, self.mixing,
+                                    self.norm_of_head, self.fc8]
+        self.classifier_layers = [self.fc8]
+        self.set_options(train_bn, False, 1.0)
+
+    def forward(self, x):
+        f = self.before(self.forward_as_dict(x)['conv6']).flatten(2) + self.position         # (N, 32, hw)
+        f = (f.movedim(1, -1) @ self.mixing).transpose(0, 1)                                  # (hw, N, 32)
+        f = self.attention(f, f, f)[0].mean(dim=0) * self.gain                                # (N, 32)
+        return self.fc8(self.norm_of_head(f))
+
+
+def rich_net():
+    torch.manual_seed(0)
+    return type('Net', (RichHead, importlib.import_module('mine').Backbone), {})()
+
+
+def test_every_parameter_of_a_new_head_trains_at_the_rates_of_new_layers():
+    net = rich_net().train()
+    new = {name: p for name, p in net.named_parameters() if not name.startswith(('stem.', 'norm.', 'middle.', 'top.'))}
+    assert len(new) == 13 and net.norm_of_head.training and not net.norm.training
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    groups = net.get_parameter_groups()
+    assert [[names[id(parameter)] for parameter in group] for group in groups[2:]] == [
+        ['position', 'mixing', 'attention.in_proj_weight', 'attention.out_proj.weight', 'fc8.weight'],
+        ['gain', 'before.weight', 'before.bias', 'attention.in_proj_bias', 'attention.out_proj.bias',
+         'norm_of_head.weight', 'norm_of_head.bias', 'fc8.bias']]
+    optimizer = torch.optim.SGD([{'params': group} for group in groups], lr=1.)
+    before = {name: parameter.detach().clone() for name, parameter in new.items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 64, 64)).square().sum().backward()
+        optimizer.step()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in new.items())
+
+
+def test_a_file_may_lack_a_new_head_or_its_classifier_whatever_is_in_it(tmp_path):
+    net, path = rich_net(), str(tmp_path / 'w.pth')
+    assert {'norm_of_head.running_var', 'position', 'fc8.bias'} < set(net.new_heads)
+    assert net.classifier == ('fc8.weight', 'fc8.bias')
+    training.save_weights(net, path, leave_out=net.new_heads)
+    load_weights(net, path, new_heads=net.new_heads)
+    training.save_weights(net, path, leave_out=('position', *net.new_heads[-2:]))
+    with pytest.raises(BadInput, match='missing: position'):
+        load_weights(net, path, new_heads=net.new_heads)
+    training.save_weights(net, path, leave_out=net.classifier)
+    load_weights(net, path, reset=net.classifier)
+
+
+def test_norms_of_deeplab_s_head_are_new_and_in_no_group_as_published():
+    net = slim_deeplab.Net()
+    assert {'bn_fov.weight', 'bn_fov2.running_mean', 'cls_conv.bias', 'conv_fov2.weight'} < set(net.new_heads)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    groups = [[names[id(parameter)] for parameter in group] for group in net.get_parameter_groups()]
+    assert groups[1:] == [[], ['conv_fov.weight', 'conv_fov2.weight', 'cls_conv.weight'], ['cls_conv.bias']]
+    assert groups[0] and all(name.startswith('backbone.') and 'bn' not in name for name in groups[0])
+
+
+@pytest.mark.parametrize('name, kind, right', [
+    ('mine_SEAM', 'SEAM', True), ('mine_SEAM', 'affinity', False), ('mine_aff', 'affinity', True), ('json', 'SEAM', False),
+    ('network.slim_deeplab', 'segmentation', True), ('network.slim_deeplab', 'SEAM', False)])
+def test_a_network_says_its_kind(name, kind, right):
+    if right:
+        assert import_network(name, kind).kind == kind
+    else:
+        with pytest.raises(BadInput, match=rf'{name} .*--network.*{kind}'):
+            import_network(name, kind)
 
 
 def test_other_norms_are_frozen_as_batch_norm_is():

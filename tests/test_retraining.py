@@ -206,7 +206,7 @@ def test_label_maps_of_0_and_255_alone_are_warned_of_and_one_of_255_everywhere_t
 @pytest.mark.parametrize('flags, words', [
     (('--label_dir', '.'), ('.png', '--label_dir')), (('--label_dir', 'none'), ('none', '--label_dir')),
     (('--batch_size', 100), ('9 images', '--batch_size')), (('--scale_range', 2, 1), ('--scale_range',)),
-    (('--network', 'network.slim_SEAM'), ('network.slim_SEAM', 'segments')), (('--sync_bn',), ('--sync_bn',)),
+    (('--network', 'network.slim_SEAM'), ('network.slim_SEAM', 'segmentation')), (('--sync_bn',), ('--sync_bn',)),
     (('--backbone', 'resnet18'), ('--backbone resnet18', NETWORK))])
 def test_flags_that_cannot_be(data, tmp_path, flags, words):
     refused(train(data, tmp_path / 'x', *flags), *words)

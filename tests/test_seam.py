@@ -240,3 +240,17 @@ def test_crf_inference_settings():
 
 def test_flat_map_becomes_minus_one():
     close(infer_SEAM.normalize_cam(np.zeros((1, 3, 3), np.float32)), -np.ones((1, 3, 3)), 1e-6)
+
+
+@pytest.mark.parametrize('plus', [False, True])
+def test_grad_cam_follows_another_pooling_of_the_classification_loss(seam_net, monkeypatch, plus):
+    x, pool = torch.randn(1, 3, 32, 40), lambda cam: cam.square().mean(dim=(2, 3))
+    mean = infer_SEAM.grad_cam(seam_net, x, plus)
+    monkeypatch.setattr(infer_SEAM, 'class_scores', pool)
+    with torch.inference_mode():
+        maps = infer_SEAM.grad_cam(seam_net, x, plus)
+        features = seam_net.forward_as_dict(x)['conv6']
+    assert maps.shape == mean.shape and not torch.allclose(maps, mean)
+    if not plus:            # the mean of the gradient is that of the plain CAM times twice its mean
+        cam = seam_net.fc8(features.clone()).detach()
+        close(maps, F.relu(2 * cam.mean(dim=(2, 3), keepdim=True) * cam), 1e-4)

@@ -8,7 +8,7 @@ import torch
 import train_SEAM
 from network.resnet38_SEAM import Net as ResNet38
 from network.slim_SEAM import Net as SlimNet
-from network.weights import load_trained
+from network.weights import load_trained, load_weights
 from test_scripts import done, names_of, refused, run
 from tool.cli import BadInput
 from tool.imutils import MEAN, STD
@@ -50,6 +50,7 @@ def test_heads_on_a_backbone(backbone):
     first = next(net.body.parameters())
     assert not first.requires_grad and net.fc8.weight.grad is not None
     assert not any(parameter.requires_grad for name, parameter in net.named_parameters() if 'stages_0' in name)
+    assert any(parameter.requires_grad for name, parameter in net.named_parameters() if 'body' in name)
     assert timm_aff.Net(backbone=backbone)(x).ndim == 3
     assert timm_deeplab.Net(4, backbone=backbone).eval()(x).shape == (2, 5, 65, 97)
 
@@ -71,7 +72,127 @@ def test_image_gets_the_mean_and_deviation_of_the_model():
     rgb = torch.rand(1, 3, 2, 2)
     x = (rgb - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(x * net.gain + net.shift, (rgb - .5) / .5)
-    assert not any('gain' in name or 'shift' in name for name in net.state_dict())
+
+
+@needs_timm
+def test_mean_and_deviation_belong_to_the_weight_file(tmp_path):
+    """Training and inference may name a model with its tag and without."""
+    import timm
+    from network import timm_deeplab, timm_SEAM
+    tagged, plain = 'mobilenetv4_conv_small.e3600_r256_in1k', 'mobilenetv4_conv_small'      # of other means
+    path, x = str(tmp_path / 'net.pth'), torch.randn(1, 3, 64, 64)
+    for module in timm_SEAM, timm_deeplab:
+        trained, other = (module.Net(3, backbone=name).eval() for name in (tagged, plain))
+        body = getattr(trained, 'backbone', trained)
+        assert not torch.equal(body.gain, getattr(other, 'backbone', other).gain)
+        torch.save(trained.state_dict(), path)
+        load_weights(other, path)
+        for a, b in zip(trained(x), other(x)):
+            assert torch.equal(a, b)
+    # those of ImageNet, and files from before mean and deviation were saved, get what the name says
+    for weights in timm.create_model(tagged).state_dict(), {name: value for name, value in trained.state_dict().items()
+                                                            if not name.endswith(('gain', 'shift'))}:
+        torch.save(weights, path)
+        other = timm_deeplab.Net(3, backbone=plain)
+        gain = other.backbone.gain.clone()
+        load_weights(other, path, new_heads=other.new_heads)
+        assert torch.equal(other.backbone.gain, gain)
+
+
+@needs_timm
+@pytest.mark.parametrize('flags', [(), ('--backbone', 'resnet34')])
+def test_a_forgotten_or_other_backbone_is_named(data, tmp_path, flags):
+    from network import timm_SEAM
+    torch.save(timm_SEAM.Net(3, backbone='resnet18').state_dict(), tmp_path / 'w.pth')
+    refused(run(data, 'infer_SEAM', '--network', 'network.timm_SEAM', '--weights', tmp_path / 'w.pth', '--infer_list',
+                LIST, '--num_workers', 0, '--out_cam', tmp_path / 'cam', *flags),
+            'w.pth', (*flags, 'tf_efficientnet_lite0')[-1], '--backbone')
+
+
+# ----- backbones of other strides -----
+
+@needs_timm
+@pytest.mark.parametrize('backbone, strides, stride, multiple', [
+    ('vit_tiny_patch16_224', [16] * 3, 16, 16), ('vit_small_patch14_dinov2', [14] * 3, 14, 14),
+    ('deit_tiny_patch16_224', [16] * 3, 16, 16), ('swin_tiny_patch4_window7_224', [8, 16, 32], 8, 32),
+    ('test_maxvit', None, 8, None), ('densenet121', [8, 16, 32], 8, 32)])
+def test_backbones_with_strides_of_their_own(backbone, strides, stride, multiple, capsys):
+    import timm
+    from network import timm_aff, timm_deeplab, timm_SEAM
+    if not timm.is_model(backbone):
+        pytest.skip(f'timm {timm.__version__} has no {backbone}')
+    h, w = 45, 70
+    x, cells = torch.randn(1, 3, h, w), (-(-h // stride), -(-w // stride))
+    net = timm_SEAM.Net(num_classes=4, backbone=backbone).train()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and backbone in lines[0] and str(strides or '32') in lines[0]
+    assert multiple in (None, net.multiple)
+    assert {name: tuple(feature.shape) for name, feature in net.forward_as_dict(x).items()} == {
+        name: (1, channels, *cells) for name, channels in net.channels.items()}
+    cam, cam_rv = net(x)
+    assert cam.shape == cam_rv.shape == (1, 5, h, w)
+    (cam.sum() + cam_rv.sum()).backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    frozen = [name for name, p in net.named_parameters() if not p.requires_grad]
+    layers = [name for name in frozen if 'norm' not in name]
+    assert frozen and (not layers if min(strides or [0]) == max(strides or [1]) else layers)
+    assert timm_deeplab.Net(4, backbone=backbone).eval()(x).shape == (1, 5, h, w)
+    aff = timm_aff.Net(backbone=backbone).eval()
+    assert aff(x, to_dense=True).shape == (6 * 9,) * 2          # cells of 8 pixels all the same
+
+
+@needs_timm
+def test_maps_of_a_padded_image_are_cropped_where_the_image_ends():
+    from network.timm_backbone import TimmBackbone
+    net = TimmBackbone('vit_tiny_patch16_224').eval()
+    x = torch.randn(1, 3, 40, 60)
+    mean = -net.shift / net.gain                # what the padding stands for
+    padded = mean.expand(1, 3, 48, 64).clone()
+    padded[..., :40, :60] = x
+    for name, feature in net.forward_as_dict(padded).items():
+        torch.testing.assert_close(net.forward_as_dict(x)[name], feature, rtol=1e-4, atol=1e-4)
+
+
+@needs_timm
+def test_a_vision_transformer_takes_its_pretrained_weights_and_checkpointing(tmp_path):
+    import timm
+    from network import timm_aff, timm_SEAM
+    name = 'vit_tiny_patch16_224'
+    model = timm.create_model(name)
+    torch.save(model.state_dict(), tmp_path / 'vit.pth')
+    net = timm_SEAM.Net(3, backbone=name, checkpointing=True).train()
+    load_weights(net, str(tmp_path / 'vit.pth'), new_heads=net.new_heads)
+    assert torch.equal(net.body.model.blocks[11].mlp.fc2.weight, model.blocks[11].mlp.fc2.weight)
+    net(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    assert net.body.model.patch_embed.proj.weight.grad is not None
+    torch.save({key: value for key, value in net.state_dict().items() if key not in net.new_heads}, tmp_path / 'b.pth')
+    other = timm_aff.Net(backbone=name)
+    load_weights(other, str(tmp_path / 'b.pth'), new_heads=other.new_heads)
+    assert torch.equal(other.body.model.pos_embed, model.pos_embed)
+
+
+@needs_timm
+def test_all_scripts_run_on_a_vision_transformer(data, tmp_path):
+    import timm
+    name = 'test_vit' if timm.is_model('test_vit') else 'vit_tiny_patch16_224'
+    torch.save(timm.create_model(name).state_dict(), tmp_path / 'vit.pth')
+    network = {kind: ('--network', f'network.timm_{kind}', '--backbone', name, '--num_workers', 0)
+               for kind in ('SEAM', 'aff', 'deeplab')}
+    start = ('--train_list', LIST, '--batch_size', 2, '--crop_size', 64, '--weights', tmp_path / 'vit.pth')
+    infer = '--infer_list', LIST
+    done(run(data, 'train_SEAM', *network['SEAM'], *start, '--max_epochs', 1, '--resize_long', 64, 80,
+             '--fit_classifier', '--scale_factor', .5, '--session_name', tmp_path / 'seam'))
+    done(run(data, 'infer_SEAM', *network['SEAM'], *infer, '--weights', tmp_path / 'seam.pth', '--scales', .5, 1,
+             '--out_cam', tmp_path / 'cam', '--out_crf', tmp_path / 'crf'))
+    done(run(data, 'train_aff', *network['aff'], *start, '--max_epochs', 1, '--la_crf_dir', tmp_path / 'crf_4.0',
+             '--ha_crf_dir', tmp_path / 'crf_24.0', '--session_name', tmp_path / 'aff'))
+    done(run(data, 'infer_aff', *network['aff'], *infer, '--weights', tmp_path / 'aff.pth', '--cam_dir',
+             tmp_path / 'cam', '--out_rw', tmp_path / 'rw'))
+    done(run(data, 'train_seg', *network['deeplab'], *start, '--max_iters', 1, '--label_dir', tmp_path / 'rw',
+             '--session_name', tmp_path / 'seg'))
+    done(run(data, 'infer_seg', *network['deeplab'], *infer, '--weights', tmp_path / 'seg.pth', '--scales', 1,
+             '--out_seg', tmp_path / 'out'))
+    assert len(list((tmp_path / 'out').glob('*.png'))) == len(names_of(data))
 
 
 @needs_timm
@@ -147,10 +268,41 @@ def test_no_weights_to_be_had_is_one_line(data, monkeypatch):
             '--backbone resnet18', '--weights')
 
 
+# one of each kind: a family of timm's, whether it builds or why not
+SAMPLE = ['xception41', 'cspnext_s', 'hrnet_w18_small', 'vgg11', 'densenet121', 'vit_tiny_patch16_224', 'test_vit',
+          'test_nfnet', 'test_byobnet', 'test_convnext', 'test_efficientnet', 'test_coatnet', 'bat_resnext26ts',
+          'beit_base_patch16_224', 'crossvit_tiny_240', 'mixer_s32_224']
+
+
 @needs_timm
-@pytest.mark.parametrize('backbone', ['vit_tiny_patch16_224', 'resnet999'])
-def test_model_without_maps_at_stride_8_is_refused(data, backbone):
-    refused(train(data, 'train_SEAM', 'network.timm_SEAM', '--backbone', backbone, '--resize_long', 64, 80), backbone)
+@pytest.mark.parametrize('backbone', SAMPLE)
+def test_a_model_of_timm_builds_or_is_refused_with_a_reason(backbone):
+    from network import timm_SEAM
+    try:
+        with torch.device('meta'):
+            net = timm_SEAM.Net(num_classes=4, backbone=backbone)
+            assert net(torch.zeros(1, 3, 50, 75))[0].shape == (1, 5, 50, 75)
+    except BadInput as error:
+        assert backbone in str(error) and '--backbone' in str(error) and '\n' not in str(error)
+        assert not str(error).rstrip('() ').endswith(':')
+
+
+@needs_timm
+@pytest.mark.parametrize('backbone, words', [
+    ('resnet999', 'Unknown model'), ('beit_base_patch16_224', '224x224'), ('crossvit_tiny_240', 'three'),
+    ('hf-hub:timm/resnet18.a1_in1k', 'no way out')])
+def test_model_without_feature_maps_is_refused(data, backbone, words, monkeypatch):
+    import timm
+    create = timm.create_model
+
+    def offline(name, **options):
+        if name.startswith('hf-hub:'):
+            raise ConnectionError('no way out')
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, 'create_model', offline)
+    refused(train(data, 'train_SEAM', 'network.timm_SEAM', '--backbone', backbone, '--resize_long', 64, 80),
+            '--backbone', backbone, words)
 
 
 def test_without_timm_the_line_says_what_to_install(data, monkeypatch):

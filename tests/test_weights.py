@@ -1,6 +1,7 @@
 """Weight files: the ImageNet `.params`, released-style `.pth`, checkpoints of other code, and what is no weights."""
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def tiny_net(num_classes=20):
 def network(layers, classifier=(), new_heads=()):
     net = torch.nn.ModuleDict(layers)
     net.classifier, net.new_heads, net.rename_pretrained = classifier, new_heads, lambda weights: weights
+    net.backbone_name = None
     return net
 
 
@@ -127,8 +129,7 @@ def test_a_seam_file_does_not_fit_the_affinity_network_and_leaves_it_alone(tmp_p
     (b'', 'empty'), (b'not weights\n', "text in place of weights, 'not weights"),
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 422\n', 'git lfs pull'),
     (b'\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning', 'a web page'),
-    (b'\xef\xbb\xbf<html>', 'a web page'), (b'{"error": {"code": 403}}', 'text in place of weights'),
-    (b'\x58\0\0\0\0\0\0\0{"conv1a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 'safetensors')])
+    (b'\xef\xbb\xbf<html>', 'a web page'), (b'{"error": {"code": 403}}', 'text in place of weights')])
 @pytest.mark.parametrize('name', ['w.pth', 'w.params'])
 def test_a_file_that_is_no_weights_is_told_by_its_content(tmp_path, content, words, name):
     (tmp_path / name).write_bytes(content)
@@ -217,6 +218,30 @@ def test_mxnet_weights_are_told_by_their_content(tmp_path):
     write_v0(tmp_path / 'w.pth', {'arg:conv1a_weight': np.zeros((64, 3, 3, 3), np.float32)})
     refused(tmp_path / 'w.pth', 'missing: b2.', 'other shape: conv1a.weight (64, 3, 3, 3) for (16, 3, 3, 3)',
             net=slim_SEAM.Net())
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file = pytest.importorskip('safetensors.torch').save_file
+    source, net = slim_SEAM.Net(), slim_SEAM.Net()
+    save_file({name: value for name, value in source.state_dict().items() if 'num_batches' not in name},
+              tmp_path / 'model.safetensors')
+    load_weights(net, str(tmp_path / 'model.safetensors'))
+    assert torch.equal(net.fc8.weight, source.fc8.weight)
+
+
+SAFETENSORS = b'\x58\0\0\0\0\0\0\0{"conv1a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    pytest.importorskip('safetensors')
+    (tmp_path / 'model.safetensors').write_bytes(SAFETENSORS)
+    refused(tmp_path / 'model.safetensors', '--weights')
+
+
+def test_safetensors_without_the_package_name_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    (tmp_path / 'w.pth').write_bytes(SAFETENSORS)
+    refused(tmp_path / 'w.pth', 'pip install safetensors')
 
 
 # ----- values -----
