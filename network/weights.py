@@ -14,8 +14,8 @@ NEEDED = 'a file of torch.save(net.state_dict(), ...) is needed'
 
 
 def _read(path):
-    """What is in a `.pth` of PyTorch, a safetensors file or MXNet's ImageNet file, told apart by the content. Nothing in
-    it is run. Raises ValueError for other files; a damaged one raises whatever it leads to."""
+    """What is in a `.pth` of PyTorch, a safetensors file or MXNet's ImageNet file, told apart by the content. Nothing
+    in it is run. Raises ValueError for other files; a damaged one raises whatever it leads to."""
     with open(path, 'rb') as file:
         start = file.read(200)
     if not start:

@@ -168,8 +168,8 @@ def test_norms_of_deeplab_s_head_are_new_and_in_no_group_as_published():
 
 
 @pytest.mark.parametrize('name, kind, right', [
-    ('mine_SEAM', 'SEAM', True), ('mine_SEAM', 'affinity', False), ('mine_aff', 'affinity', True), ('json', 'SEAM', False),
-    ('network.slim_deeplab', 'segmentation', True), ('network.slim_deeplab', 'SEAM', False)])
+    ('mine_SEAM', 'SEAM', True), ('mine_SEAM', 'affinity', False), ('mine_aff', 'affinity', True),
+    ('json', 'SEAM', False), ('network.slim_deeplab', 'segmentation', True), ('network.slim_deeplab', 'SEAM', False)])
 def test_a_network_says_its_kind(name, kind, right):
     if right:
         assert import_network(name, kind).kind == kind

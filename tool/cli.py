@@ -121,7 +121,8 @@ def import_network(name, kind, backbone=None):
     net = getattr(module, 'Net', None)
     if getattr(net, 'kind', None) != kind:
         what = f'its Net has the kind {getattr(net, "kind", None)!r}' if net else 'it has no class Net'
-        raise BadInput(f'{name} (--network) is no network for this script, which needs one of the kind {kind!r}: {what}')
+        raise BadInput(f'{name} (--network) does not suit this script, which needs a network of the kind {kind!r}: '
+                       f'{what}')
     if backbone is None:
         return net
     if not net.takes_backbone:
