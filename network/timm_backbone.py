@@ -93,12 +93,13 @@ def build(name):
         for multiple in (1, max(strides), side) if options == OPTIONS[0] else (max(strides), side):
             try:
                 measured = _measure(body, multiple)
-                return body.train(), options, multiple, *measured
+                if multiple > 1 or set(measured[0]) == {STRIDE}:
+                    return body.train(), options, multiple, *measured
             except Exception as error:
                 problem = f'it does not run on images of any size ({_reason(error)})'
         try:
             _run(body, side, side)
-            problem = f'it takes images of {side}x{side} pixels alone, and other sizes are needed'
+            problem = f'it takes images of {side}x{side} pixels, but not of other shapes such as {side}x{2 * side}'
         except Exception:
             pass
     raise BadInput(f'--backbone {name}: {problem}')
