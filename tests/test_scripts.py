@@ -455,7 +455,7 @@ def test_crf_folder_in_place_of_cams(voc, pipeline):
 
 def test_network_of_the_other_stage(voc, pipeline):
     set_list(voc, names_of(voc)[:1])
-    refused(infer(voc, pipeline, '--network', AFF), AFF, '--network', 'PCM')
+    refused(infer(voc, pipeline, '--network', AFF), AFF, '--network', 'SEAM')
 
 
 @pytest.mark.parametrize('flags', [['--batch_size', '0'], ['--resize_long', '40', '32'], ['--crop_size', '4'],
