@@ -445,8 +445,8 @@ def check_scripts(args, scored, sizes):
     scored, sizes: see `check_data`."""
     needed = {'train': scored - {'seg_truth'}, 'train_aff': scored & {'walk', 'seg'},
               'train_seg': scored & {'seg', 'seg_truth'}}
-    networks = {'train': (args.network, 'PCM'), 'train_aff': (args.network_aff, 'radius'),
-                'train_seg': (args.network_seg, 'segments')}
+    networks = {'train': (args.network, 'SEAM'), 'train_aff': (args.network_aff, 'affinity'),
+                'train_seg': (args.network_seg, 'segmentation')}
     for flag, (name, *placeholders) in SCRIPTS.items():
         script, words = importlib.import_module(name), getattr(args, flag)      # by name, as above
 
