@@ -26,7 +26,7 @@ MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf
                '(it changes the results: leave --resume out)')
 
 
-def class_scores(cam_dict, alpha, size):
+def walk_seeds(cam_dict, alpha, size):
     """Random-walk seeds of a CAM dict {class from 0: (H, W)}: float32 (1 + classes in it, *size), the background first,
     (1 - the largest map)^alpha, then the classes in order. `size` is the padded size; the padding is 0 throughout."""
     h, w = next(iter(cam_dict.values())).shape
@@ -161,7 +161,7 @@ def walk_image(net, img, cam_dict, alpha, beta, logt, device='cpu', amp='off'):
     """The random walk of one image. img: normalised (3, H, W), sides multiples of STRIDE; cam_dict: its CAMs, up to
     STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first."""
     img = img.to(device)
-    scores = F.avg_pool2d(torch.from_numpy(class_scores(cam_dict, alpha, img.shape[1:])).to(device), STRIDE)
+    scores = F.avg_pool2d(torch.from_numpy(walk_seeds(cam_dict, alpha, img.shape[1:])).to(device), STRIDE)
     with autocast(img.device, amp):
         aff = net(img[None])
     radius = fit_radius(*scores.shape[1:], net.radius)

@@ -152,7 +152,7 @@ def test_random_walk(aff_net, name, setting):
     size = img.shape[2:]
     assert tuple(size) == tuple(g[name + ':padded_size'])
     present = g[name + ':present_channels']
-    seeds = F.avg_pool2d(torch.from_numpy(infer_aff.class_scores(cams, alpha, size)), 8)
+    seeds = F.avg_pool2d(torch.from_numpy(infer_aff.walk_seeds(cams, alpha, size)), 8)
     close(seeds, g[key + 'pooled_cam'], 1e-5)
     walked = infer_aff.random_walk(seeds, aff_net(img), fit_radius(*seeds.shape[1:]), int(beta), int(logt))
     close(walked, g[key + 'rw_lowres'], 1e-4)
