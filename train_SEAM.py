@@ -36,7 +36,7 @@ def max_norm(cam):
 
 
 def classification_loss(cam, label):
-    """Multi-label soft margin of the mean foreground scores. cam: raw (N, 1+C, H, W); label: (N, C)."""
+    """Multi-label soft margin of the foreground scores (`class_scores`). cam: raw (N, 1+C, H, W); label: (N, C)."""
     return F.multilabel_soft_margin_loss(class_scores(cam[:, 1:]), label)
 
 
@@ -116,6 +116,17 @@ def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None
     terms['loss_ecr'] = terms['loss_ecr1'] + terms['loss_ecr2']
     terms['loss'] = terms['loss_cls'] + er_weight * terms['loss_er'] + ecr_weight * terms['loss_ecr']
     return terms
+
+
+@torch.no_grad()
+def check_mean_pooling(net):
+    """Raises BadInput where the scores of the network's maps are not its fc8 times the mean features, as
+    `fit_classifier` assumes. Leaves the network in evaluation mode."""
+    features = torch.linspace(0, 1, 9).view(3, 3).expand(1, net.channels['conv6'], 3, 3)
+    expected = features.mean(dim=(2, 3)) @ net.fc8.weight.flatten(1).T
+    if not torch.allclose(class_scores(net.eval().classify(features)), expected, rtol=1e-3, atol=1e-4):
+        raise BadInput('--fit_classifier fits fc8 to mean features, but class_scores or classify in network/seam.py '
+                       'computes the scores in another way: leave the flag out')
 
 
 @torch.no_grad()
@@ -286,6 +297,8 @@ def main(args):
     net = import_network(args.network, 'SEAM', args.backbone)(
         num_classes=len(class_names), pcm=args.pcm == 'on' and not args.classifier_only, train_bn=args.train_bn,
         checkpointing=args.checkpointing, dropout=args.dropout)
+    if args.fit_classifier and not args.resume:
+        check_mean_pooling(net)
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from network.weights import load_weights
-from tool import image_files, imutils
+from tool import imutils
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.image_files import IGNORE
@@ -145,8 +145,7 @@ def main(args):
         *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'])
     if from_scratch:
         log('no --weights: starts from random weights')
-    labels = find_labels(image_files.read_label_map(dataset.label_path(name), '--label_dir')
-                         for name in dataset.img_name_list)
+    labels = find_labels(dataset.read_label(name) for name in dataset.img_name_list)
     if len(labels) < 2:
         log(f'warning: the label maps in {args.label_dir} (--label_dir) have no values but '
             f'{" and ".join(map(str, [*labels, IGNORE]))}, so there is nothing to learn: 0 is the background, '

@@ -53,8 +53,8 @@ class SEAMHead(Network):
         nn.init.kaiming_normal_(self.f8_4.weight)
         nn.init.xavier_uniform_(self.f9.weight, gain=4)
         self.pcm = pcm
-        for layer in (self.f8_3, self.f8_4, self.f9):
-            layer.requires_grad_(pcm)
+        for layer in self.from_scratch_layers:      # all but the classifier are PCM's
+            layer.requires_grad_(pcm or layer is self.fc8)
         self.set_options(train_bn, checkpointing, dropout)
 
     def forward(self, x):

@@ -150,12 +150,12 @@ class VOC12SegDataset(VOC12ImageDataset):
     def label_path(self, name):
         return os.path.join(self.label_dir, name + '.png')
 
-    def read_label(self, name, size):
-        """uint8 (H, W) of an image of that size; perhaps 255 at every pixel, as infer_aff.py --ignore_below writes it
-        where no pixel is sure. Raises BadInput for what cannot be trained on."""
+    def read_label(self, name, size=None):
+        """uint8 (H, W) of an image of that size, None: of any; perhaps 255 at every pixel, as infer_aff.py
+        --ignore_below writes it where no pixel is sure. Raises BadInput for what cannot be trained on."""
         path = self.label_path(name)
         label = image_files.read_label_map(path, '--label_dir')
-        if label.shape != size:
+        if size and label.shape != size:
             raise BadInput(f'{path} (--label_dir) is {label.shape[0]}x{label.shape[1]}, its image {size[0]}x{size[1]}')
         wrong = wrong_values(label, self.num_classes)
         if wrong:
