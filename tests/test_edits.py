@@ -8,7 +8,9 @@ import torch
 from conftest import ROOT
 from network import resnet38d, seam
 from test_scripts import SEAM, done, names_of, refused, run
+from tool.cli import BadInput
 from tool.image_files import read_label_map
+from tool.outputs import ResultFolder
 from voc12.data import VOC12SegDataset
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
@@ -49,3 +51,13 @@ def test_label_maps_of_another_format_need_two_methods_of_the_data_set(drawings,
     done(run(drawings, 'train_seg', *SMALL, '--label_dir', tmp_path, '--max_iters', 1, '--network',
              'network.slim_deeplab', '--session_name', tmp_path / 'seg'))
     assert torch.load(tmp_path / 'seg.pth', weights_only=True)
+
+
+def test_results_with_a_new_extension_are_compared_with_their_settings(tmp_path):
+    folder = ResultFolder(str(tmp_path), '--out_heat', '.jpg', {'scales': [1]})
+    folder.open(['a'], resume=False)
+    with folder.writing('a') as path, open(path, 'wb') as file:
+        file.write(b'a picture')
+    folder.open(['a'], resume=True)
+    with pytest.raises(BadInput, match='scales'):
+        ResultFolder(str(tmp_path), '--out_heat', '.jpg', {'scales': [2]}).open(['a'], resume=True)

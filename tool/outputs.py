@@ -25,10 +25,10 @@ def read_settings(folder):
         raise BadInput(f'cannot read {path}: {error}; remove it') from error
 
 
-def results_in(folder):
+def results_in(folder, extensions=EXTENSIONS):
     """Paths of the results in a folder, whatever their names, sorted."""
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-            if os.path.splitext(name)[1] in EXTENSIONS and not name.startswith('.')]
+            if name.endswith(extensions) and not name.startswith('.')]
 
 
 def describe_folder(folder, flag):
@@ -82,7 +82,7 @@ class ResultFolder:
         files stay; raises BadInput if they have other or unknown settings. Without it, none of the images counts as
         finished any more; their old files can be read until the new ones replace them."""
         make_dir(self.path, self.flag)
-        differences = '; '.join(self._differences()) if results_in(self.path) else ''
+        differences = '; '.join(self._differences()) if results_in(self.path, (*EXTENSIONS, self.extension)) else ''
         if differences and resume:
             raise BadInput(f'{self.path} ({self.flag}) was made with other or unknown settings: {differences}. Name '
                            'another folder, or leave --resume out to make it anew')
