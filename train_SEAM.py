@@ -2,6 +2,7 @@
 import argparse
 import functools
 import math
+import os
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrat
                              read_batches)
 from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_training_args, digest_inputs, open_log,
                            outlive_sigterm, report_progress, save_weights, set_up, training_steps)
+from tool.validation import HeldOut, Validation, check_validation_args, measure_cams
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
-from voc12.lists import absent_classes, join_first, load_class_names
+from voc12.lists import GT_FOLDER, absent_classes, join_first, load_class_names
 
 # ----- the objective -----
 
@@ -182,6 +184,13 @@ def forward_losses(model, img, label, draw=draw_view, objective=seam_loss, amp='
     return objective(cam1, cam_rv1, cam2, cam_rv2, label, view, inside), cam1, cam_rv1
 
 
+def scores_and_maps(net, img):
+    """What a validation looks at, of an image (1, 3, H, W): class scores (1, C), and a list of its CAMs (1, C, H, W) in
+    [0, 1), plain and, with PCM, refined. Where they are above 0 they equal those of infer_SEAM.py at scale 1."""
+    maps = [cam[:, 1:].float() for cam in net(img)][:1 + net.pcm]
+    return class_scores(maps[0]), [max_norm(cam) for cam in maps]
+
+
 # ----- the script -----
 
 def get_args_parser():
@@ -190,7 +199,9 @@ def get_args_parser():
     # data
     add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
     add('--train_list', default='voc12/train_aug.txt', help='training images')
-    add('--val_list', default='voc12/val.txt', help='unused, as in the reference')
+    add('--val_list', default='voc12/val.txt', help='held-out images for --val_every; else not read')
+    add('--val_every', default=0, type=int,
+        help='validate on the images of --val_list after every so many epochs, and at the end; 0: never')
     add('--cls_labels', default='voc12/cls_labels.npy', help='image-level labels; without this file the XML is read')
     add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     add('--resize_long', default=[448, 768], type=int, nargs=2, metavar=('MIN', 'MAX'),
@@ -236,12 +247,15 @@ def get_args_parser():
     add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
     add('--save_every', default=1000, type=int, help='steps between checkpoints; there is one after every epoch too')
     add('--log_every', default=50, type=int, help='steps between the lines of the log')
+    add('--keep_best', action='store_true',
+        help='with --val_every: write <session_name>_best.pth too, by the mIoU where there are masks, else by the mAP')
     add('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
     return parser
 
 
 def check_args(args):
     check_training_args(args)
+    check_validation_args(args)
     check_range(args, 1, 10 ** 6, 'max_epoches')
     check_range(args, 0, 100, 'er_weight', 'ecr_weight', 'rvmin_weight')
     check_range(args, 1, 10 ** 6, 'resize_long')
@@ -292,6 +306,11 @@ def main(args):
                                   torch.from_numpy]))
     check_batch_size(len(dataset), args.batch_size, args.train_list)
     max_step = len(dataset) // args.batch_size * args.max_epoches
+    held_out = None
+    if args.val_every:
+        whole_images = transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW])
+        held_out = HeldOut(VOC12ClsDataset(args.val_list, args.voc12_root, whole_images, args.cls_labels, class_names),
+                           os.path.join(args.voc12_root, GT_FOLDER), class_names, args.num_workers, device, args.amp)
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'SEAM', args.backbone)(
@@ -318,7 +337,8 @@ def main(args):
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
-        *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'])
+        *describe_run(vars(args), device),
+        f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'], args.keep_best)
     absent = absent_classes(dataset.labels, class_names)
     if absent and args.class_names:
         log(f'warning: {len(absent)} of the {len(class_names)} classes of {args.class_names} (--class_names) cannot be '
@@ -346,8 +366,10 @@ def main(args):
         max_translation=args.max_translation)
     objective = functools.partial(seam_loss, topk_ratio=args.topk_ratio, er_weight=args.er_weight,
                                   ecr_weight=args.ecr_weight, rvmin_weight=args.rvmin_weight)
+    validation = Validation(args.val_every, functools.partial(measure_cams, scores_and_maps), held_out, batches,
+                            checkpoint, log, writer, args.keep_best) if held_out else None
 
-    for step, names, img, label in training_steps(loader, meter, log, checkpoint):
+    for step, names, img, label in training_steps(loader, meter, log, checkpoint, validation):
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
             terms, cam, cam_rv = forward_losses(model, img_part, label_part, draw, objective, args.amp)

@@ -1,12 +1,14 @@
 """Step 7: trains DeepLabv1 on label maps, the pseudo labels of step 5. See the README."""
 import argparse
+import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from network.weights import load_weights
-from tool import imutils
+from tool import imutils, visualization
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.image_files import IGNORE
@@ -15,9 +17,10 @@ from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, collate
 from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_training_args, digest_inputs, open_log,
                            outlive_sigterm, report_progress, save_weights, set_up, training_steps)
+from tool.validation import HeldOut, Validation, check_validation_args, measure_labels
 from voc12.canonical import describe_list
-from voc12.data import VOC12SegDataset
-from voc12.lists import load_class_names
+from voc12.data import VOC12ImageDataset, VOC12SegDataset
+from voc12.lists import GT_FOLDER, load_class_names
 from voc12.masks import find_labels
 
 # ----- the objective -----
@@ -39,6 +42,11 @@ def segmentation_loss(logits, label, count=None):
     return {'loss': total / count.clamp(min=1)}
 
 
+def normalize_whole_image(img):
+    """float32 (3, H, W) of a PIL image for the validation, as infer_seg.py normalises it."""
+    return imutils.HWC_to_CHW(imutils.normalize(np.asarray(img, np.float32)))
+
+
 # ----- the script -----
 
 def get_args_parser():
@@ -47,6 +55,9 @@ def get_args_parser():
     # data
     add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
     add('--train_list', default='voc12/train_aug.txt', help='training images')
+    add('--val_list', default='voc12/val.txt', help='held-out images for --val_every; else not read')
+    add('--val_every', default=0, type=int,
+        help='validate on the images of --val_list after every so many epochs, and at the end; 0: never')
     add('--label_dir', required=True, help='label maps NAME.png: the pseudo labels of infer_aff.py, or ground truth')
     add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     add('--hsv', default=[10, 10, 10], type=int, nargs=3, metavar=('H', 'S', 'V'),
@@ -81,11 +92,16 @@ def get_args_parser():
     add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
     add('--save_every', default=1000, type=int, help='steps between checkpoints; there is one after every epoch too')
     add('--log_every', default=50, type=int, help='steps between the lines of the log')
+    add('--keep_best', action='store_true',
+        help='with --val_every: write <session_name>_best.pth too, the weights with the best mIoU')
+    add('--tblog_dir', default='./tblog',
+        help='TensorBoard folder of the validation; used when TensorBoard is installed')
     return parser
 
 
 def check_args(args):
     check_training_args(args)
+    check_validation_args(args)
     check_dir(args.label_dir, '--label_dir')
     check_range(args, 16, 10 ** 5, 'crop_size')
     check_range(args, 1, 10 ** 8, 'max_iters')
@@ -101,7 +117,7 @@ def check_args(args):
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
-    _, ranks = get_rank()
+    rank, ranks = get_rank()
     device = set_up(args.seed, args.device, args.tf32, args.amp, args.deterministic)
     if args.sync_bn and device.type != 'cuda':
         raise BadInput('--sync_bn needs GPUs')
@@ -112,6 +128,14 @@ def main(args):
         transforms=[imutils.JitterHSV(*args.hsv), imutils.mirror_at_random, imutils.RandomScale(*args.scale_range),
                     imutils.normalize_image, imutils.RandomCropBoth(args.crop_size)])
     check_batch_size(len(dataset), args.batch_size, args.train_list)
+    held_out = None
+    if args.val_every:
+        truth_dir = os.path.join(args.voc12_root, GT_FOLDER)
+        held_out = HeldOut(VOC12ImageDataset(args.val_list, args.voc12_root, normalize_whole_image), truth_dir,
+                           class_names, args.num_workers, device, args.amp)
+        if not held_out.count_truth():
+            raise BadInput(f'--val_every needs ground truth: no image of {args.val_list} (--val_list) has a NAME.png in '
+                           f'{truth_dir} (--voc12_root)')
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'segmentation', args.backbone)(
@@ -142,7 +166,8 @@ def main(args):
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, args.max_iters, args.seed)
     log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
-        *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'])
+        *describe_run(vars(args), device),
+        f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'], args.keep_best)
     if from_scratch:
         log('no --weights: starts from random weights')
     labels = find_labels(dataset.read_label(name) for name in dataset.img_name_list)
@@ -157,9 +182,13 @@ def main(args):
     model = parallel(net.train(), device)
 
     # ----- training -----
-    meter, timer = AverageMeter(), Timer(optimizer.global_step)
+    meter, timer, validation = AverageMeter(), Timer(optimizer.global_step), None
+    if held_out:
+        writer = visualization.open_writer(args.tblog_dir, args.session_name, batches.start, log) if rank == 0 else None
+        validation = Validation(args.val_every, measure_labels, held_out, batches, checkpoint, log, writer,
+                                args.keep_best)
 
-    for step, names, img, label in training_steps(loader, meter, log, checkpoint):
+    for step, names, img, label in training_steps(loader, meter, log, checkpoint, validation):
         count = sum_over_ranks(count_pixels(label)) / (args.accum * ranks)
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):

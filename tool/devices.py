@@ -86,14 +86,20 @@ def parallel(net, device):
     """net, wrapped so that batches spread over the ranks of torchrun, or for `--device cuda` over all visible GPUs."""
     if get_rank()[1] > 1:
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        for buffer in net.buffers():        # calibrated batch norm, whose last digits may differ between machines
-            dist.broadcast(buffer, 0)
+        copy_buffers_of_first_rank(net)     # calibrated batch norm, whose last digits may differ between machines
         wrapper = torch.nn.parallel.DistributedDataParallel
         # buffers written between the two passes of a step would spoil the first one's gradient
         no_sync = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')       # new and old name
                        if name in inspect.signature(wrapper).parameters)
         return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **{no_sync: False})
     return torch.nn.DataParallel(net) if count_replicas(device) > 1 else net
+
+
+def copy_buffers_of_first_rank(net):
+    """Gives the buffers of a network, such as running statistics, the values that they have on the first rank."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def seed_gpus(*numbers):

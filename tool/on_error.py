@@ -28,6 +28,11 @@ class Errors:
                 raise error
             self.lines.append(str(error))
 
+    def pop(self):
+        """Returns the list of what was skipped, and starts over."""
+        lines, self.lines = self.lines, []
+        return lines
+
     def report(self):
         """Lists what was skipped. Returns the exit code: 3 where something was, else 0; also for a rank of torchrun,
         which would stop the other ranks."""

@@ -129,11 +129,11 @@ class SkipBad:
             return error
 
 
-def read_items(dataset, names, errors, num_workers, device, desc):
+def read_items(dataset, names, errors, num_workers, device, desc, worker_init_fn=None):
     """Yields the dataset's items for these names, with a progress bar. One that cannot be had goes to `errors`, an
     `Errors` of tool/on_error.py, which raises it or keeps it."""
     loader = DataLoader(SkipBad(dataset, names), batch_size=None, num_workers=num_workers,
-                        pin_memory=device.type == 'cuda')
+                        pin_memory=device.type == 'cuda', worker_init_fn=worker_init_fn)
     for item, name in zip(tqdm(loader, desc=desc, dynamic_ncols=True, disable=None), names):
         if isinstance(item, Exception):
             with errors.caught(name):

@@ -61,11 +61,13 @@ def set_up(seed, device, tf32=False, amp='off', deterministic=False, one_gpu=Fal
     return device
 
 
-def open_log(session_name, step, lines):
+def open_log(session_name, step, lines, keep_best=False):
     """The Logger of a run, with `lines` at its head. A new run (step None) says which files of an earlier one it
     replaces; a resumed one goes on with update number `step`."""
     last = session_name + '_last.pth'
     paths = [session_name + '.pth', last, session_name + '.log', session_name + '.jsonl']
+    if keep_best:
+        paths.append(session_name + '_best.pth')
     found = [path for path in paths if os.path.isfile(path)]
     log = Logger(session_name, step, quiet=get_rank()[0] > 0)
     for line in lines:
@@ -80,13 +82,14 @@ def open_log(session_name, step, lines):
 
 # ----- the steps -----
 
-def training_steps(loader, meter, log, checkpoint):
+def training_steps(loader, meter, log, checkpoint, validation=None):
     """Yields (step, names, the other parts of the batch on the network's device) from the checkpoint's step on, each
     with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
 
     loader: of StepBatches. After every epoch and every `save_every` steps, the first rank saves the checkpoint. So too
     when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an unreadable image, which
-    the user may repair or take out of the list, see `Checkpoint.resume`.
+    the user may repair or take out of the list, see `Checkpoint.resume`. validation: a Validation of
+    tool/validation.py, which comes after the checkpoint of an epoch, or None.
     """
     rank, _ = get_rank()
     seed, epoch_steps, optimizer = loader.batch_sampler.seed, loader.batch_sampler.epoch_steps, checkpoint.optimizer
@@ -97,17 +100,22 @@ def training_steps(loader, meter, log, checkpoint):
             for names, *tensors in tqdm(read_batches(loader), 'train', len(loader), dynamic_ncols=True,
                                         disable=rank > 0 or None):
                 step = optimizer.global_step
+                if validation:
+                    validation.run(step)        # before the step's random numbers begin
                 set_seed(seed, step, rank)
                 seed_gpus(seed, step, rank)
                 yield step, names, *_move(tensors, device)
                 optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
                 stopped = stop.exit_code(device)
-                if stopped or (step + 1) % epoch_steps == 0 or (step + 1) % checkpoint.save_every == 0:
+                done = step + 1 == loader.batch_sampler.max_step
+                if stopped or done or (step + 1) % epoch_steps == 0 or (step + 1) % checkpoint.save_every == 0:
                     meter.check()       # a ruined network does not replace a good one
                     if rank == 0:
                         checkpoint.save()
                 if stopped:
                     break
+            if validation and not stopped:
+                validation.run(optimizer.global_step)
     except BadInput:            # on any rank: all have the same weights
         meter.check()
         checkpoint.save()
@@ -155,7 +163,8 @@ def report_progress(log, timer, batches, optimizer, step, means):
 # what a resumed run may change without ending elsewhere, except for rounding; with another `accum`, dropout draws other
 # masks, and a batch norm that trains sees other batches
 FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'log_every', 'tblog_dir', 'weights', 'reset_head', 'val_list',
-                  'voc12_root', 'num_workers', 'device', 'deterministic', 'accum', 'checkpointing'}
+                  'val_every', 'keep_best', 'voc12_root', 'num_workers', 'device', 'deterministic', 'accum',
+                  'checkpointing'}
 
 
 def _save(what, path):
@@ -193,9 +202,10 @@ class Checkpoint:
     `digest_inputs`. save_every: steps between two saves, for `training_steps`."""
 
     def __init__(self, session_name, net, optimizer, scaler, flags, inputs, save_every):
-        self.path = session_name + '_last.pth'
+        self.session_name, self.path = session_name, session_name + '_last.pth'
         self.net, self.optimizer, self.scaler = net, optimizer, scaler
         self.flags, self.inputs, self.save_every = flags, inputs, save_every
+        self.best = None        # of the validations, see tool/validation.py
 
     def save(self):
         """Writes weights, optimizer, number of updates, and the flags and inputs that `resume` compares.
@@ -205,7 +215,7 @@ class Checkpoint:
             raise NotFinite(f'the weights are not finite after step {step}; {self.path} is as before')
         _save({'model': self.net.state_dict(), 'optimizer': self.optimizer.state_dict(),
                'scaler': self.scaler.state_dict(), 'step': step, 'args': self.flags, 'inputs': self.inputs,
-               'torch': str(torch.__version__)}, self.path)
+               'best': self.best, 'torch': str(torch.__version__)}, self.path)
 
     def resume(self, path=True):
         """Restores what `save` wrote to `path`; True: to its own. Raises BadInput for another file, and for flags that
@@ -224,6 +234,7 @@ class Checkpoint:
                 self.optimizer.load_state_dict(saved['optimizer'])
                 self.optimizer.global_step = saved['step']
                 self.scaler.load_state_dict(saved['scaler'])
+                self.best = saved.get('best')
         except Exception as error:          # a damaged file raises whatever it likes
             if is_out_of_memory(error):
                 raise

@@ -142,6 +142,15 @@ def open_writer(tblog_dir, session_name, step, log):
     return None
 
 
+def write_scalars(writer, step, values):
+    """Sends numbers to TensorBoard. values: dict name -> number."""
+    try:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+    except OSError as error:            # the disk is full
+        tqdm.write(f'warning: not in the TensorBoard log (--tblog_dir): {describe(error)}')
+
+
 def write_cams(writer, step, terms, img, label, cam, cam_rv):
     """Sends the loss terms and, for one image, both maps of its classes to TensorBoard.
 

@@ -1,0 +1,197 @@
+"""Validation during a training: measures on held-out images, and the weights that are best by them."""
+import copy
+import dataclasses
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from tool import image_files, visualization
+from tool.cli import BadInput, check_range
+from tool.devices import autocast, copy_buffers_of_first_rank, get_rank, sum_over_ranks
+from tool.image_lists import load_img_name_list
+from tool.metrics import average_precision, class_measures, confusion, confusion_curve, mean_measures
+from tool.on_error import Errors
+from tool.torchutils import read_items
+from tool.training import digest, outlive_sigterm, save_weights
+
+BACKGROUND_SCORES = np.arange(100) / 100
+MAPS = 'cam', 'cam_rv'      # plain and refined CAMs
+
+
+def check_validation_args(args):
+    """Raises BadInput for flags of the validation that cannot be, and for a list that cannot be read."""
+    check_range(args, 0, 10 ** 6, 'val_every')
+    if args.keep_best and not args.val_every:
+        raise BadInput('--keep_best needs a validation: add --val_every 1')
+    if args.val_every:
+        load_img_name_list(args.val_list, '--val_list')
+
+
+@dataclasses.dataclass
+class HeldOut:
+    """Held-out images, and how they are run. dataset: items (name, img, ...), img float32 (3, H, W), normalised.
+    truth_dir: folder of ground truth NAME.png, for as many of them as there is one. device: torch.device."""
+    dataset: Dataset
+    truth_dir: str
+    class_names: list
+    num_workers: int
+    device: torch.device
+    amp: str
+
+    def __post_init__(self):
+        self.names = self.dataset.img_name_list
+        self.errors = Errors('skip', 'smaller images in --val_list')
+
+    def truth_path(self, name):
+        return os.path.join(self.truth_dir, name + '.png')
+
+    def count_truth(self):
+        return sum(os.path.isfile(self.truth_path(name)) for name in self.names)
+
+    def read_truth(self, name, size):
+        """uint8 (H, W) ground truth of an image of that size, or None where there is none. Raises BadInput."""
+        path = self.truth_path(name)
+        if not os.path.isfile(path):
+            return None
+        truth = image_files.read_label_map(path, '--voc12_root')
+        if truth.shape != size:
+            raise BadInput(f'{path} (--voc12_root) is {truth.shape[0]}x{truth.shape[1]}, its image {size[0]}x{size[1]}')
+        return truth
+
+    def run(self, predict, count):
+        """Calls count(number, outputs, truth) for each image of this rank's share: its place in the list, what
+        predict(img (1, 3, H, W)) returns, and `read_truth`. An image for which that is not possible is left out."""
+        rank, ranks = get_rank()
+        numbers = {name: number for number, name in enumerate(self.names)}
+        for name, img, *_ in read_items(self.dataset, self.names[rank::ranks], self.errors, self.num_workers,
+                                        self.device, 'validation', outlive_sigterm):
+            with self.errors.caught(name):
+                truth = self.read_truth(name, tuple(img.shape[1:]))
+                with autocast(self.device, self.amp):
+                    outputs = predict(img[None].to(self.device).contiguous())
+                count(numbers[name], outputs, truth)
+
+    def sum(self, array):
+        """The sum of an array over the ranks."""
+        return sum_over_ranks(torch.from_numpy(array).to(self.device)).cpu().numpy()
+
+
+@torch.inference_mode()
+def measure_cams(predict, net, held_out):
+    """Of a classifier and its CAMs: (means, per_class, best), dicts of numbers in percent, and the name of the mean
+    that tells the best network. The mAP, from labels alone; where there is ground truth, the mIoU of the CAMs of each
+    kind over the classes present, at its best background score.
+
+    predict(net, img (1, 3, H, W)) -> class scores (1, C) and a list of CAMs (1, C, H, W), normalised, one for each of
+    MAPS or for the first. The dataset has `labels`, dict name -> (C,) multi-hot.
+    """
+    labels = np.stack([held_out.dataset.labels[name] for name in held_out.names])              # (N, C)
+    num_classes = labels.shape[1]
+    scores = np.zeros((len(labels), num_classes + 1))           # the last column: whether the image was measured
+    curves = np.zeros((len(MAPS), len(BACKGROUND_SCORES), num_classes + 2, num_classes + 2), np.int64)
+
+    def count(number, outputs, truth):
+        class_scores, maps = outputs
+        row = class_scores[0].float().cpu().numpy()
+        maps = [cam[0].float().cpu().numpy() for cam in maps]
+        if not all(np.isfinite(values).all() for values in (row, *maps)):
+            raise BadInput(f'the maps of {held_out.names[number]} are NaN or infinite')
+        scores[number] = [*row, 1]
+        for curve, cam in zip(curves, maps if truth is not None else ()):
+            curve += confusion_curve(truth, {key: cam[key] for key in np.flatnonzero(labels[number])},
+                                     BACKGROUND_SCORES, num_classes)
+
+    held_out.run(lambda img: predict(net, img), count)
+    scores, curves = held_out.sum(scores), held_out.sum(curves)
+    measured = scores[:, -1] > 0
+    means, per_class, best = {}, {}, 'mAP'
+    if measured.any():
+        precisions = average_precision(scores[measured, :-1], labels[measured])
+        per_class = {f'AP_{name}': value.item() for name, value in zip(held_out.class_names, precisions)
+                     if not np.isnan(value)}
+    if per_class:
+        means['mAP'] = np.mean(list(per_class.values())).item()
+    for kind, curve in zip(MAPS, curves):
+        if curve.any():
+            mious = mean_measures(curve)['mIoU_present']
+            best = f'mIoU_{kind}'
+            means |= {best: mious.max().item(), f'background_score_{kind}': BACKGROUND_SCORES[mious.argmax()].item()}
+    return means, per_class, best
+
+
+@torch.inference_mode()
+def measure_labels(net, held_out):
+    """Of a segmentation network: as `measure_cams`, the mIoU over the classes present of the label maps at one scale,
+    without mirror and CRF, and the IoU of each of these classes."""
+    matrix = np.zeros((len(held_out.class_names) + 2,) * 2, np.int64)
+
+    def count(number, logits, truth):
+        if truth is None:
+            return
+        if not logits.isfinite().all():
+            raise BadInput(f'the class scores of {held_out.names[number]} are NaN or infinite')
+        matrix[...] += confusion(truth, logits[0].argmax(dim=0).cpu().numpy(), len(held_out.class_names))
+
+    held_out.run(net, count)
+    total = held_out.sum(matrix)
+    if not total.any():
+        return {}, {}, 'mIoU'
+    present = total.sum(axis=1)[:-1] > 0
+    ious = zip(['background', *held_out.class_names], class_measures(total)[0], present)
+    return ({'mIoU': mean_measures(total)['mIoU_present'].item()},
+            {f'IoU_{name}': value.item() for name, value, is_there in ious if is_there}, 'mIoU')
+
+
+class Validation:
+    """What is measured after every `every` epochs, and at the end; on every rank. The training does not depend on it.
+
+    measure: a function of (net, held_out), see `measure_cams`. batches: StepBatches. checkpoint: of the training, which
+    keeps the best value. log, writer: Logger, and TensorBoard's writer or None. keep_best: save the best weights as
+    <session_name>_best.pth.
+    """
+
+    def __init__(self, every, measure, held_out, batches, checkpoint, log, writer, keep_best):
+        self.every, self.measure, self.held_out, self.batches = every, measure, held_out, batches
+        self.checkpoint, self.log, self.writer, self.keep_best = checkpoint, log, writer, keep_best
+
+    def run(self, step):
+        """Validates after `step` updates of the network, if it is time to. Raises BadInput where no image can be
+        measured. What the network is then has to be in the checkpoint already: a run that ends here is resumed here."""
+        if step == 0 or step % (self.every * self.batches.epoch_steps) and step < self.batches.max_step:
+            return
+        net = copy.deepcopy(self.checkpoint.net).eval()         # the one that trains stays as it is
+        copy_buffers_of_first_rank(net)                         # its running statistics are those that are saved
+        means, per_class, best = self.measure(net, self.held_out)
+        lines = self.held_out.errors.pop()
+        if not means:
+            raise BadInput('no image of --val_list could be measured; the first: '
+                           f'{[*lines, "no class and no ground truth"][0]}')
+        for line in lines:
+            self.log.warn_once(line, f'left out of the validation (--val_list): {line}')
+        self._report(step, means, per_class)
+        self._keep(net, step, best, means[best])
+
+    def _report(self, step, means, per_class):
+        shown = ', '.join(f'{name} {value:.2f}' for name, value in means.items())
+        self.log(f'Val: after {step} steps, {len(self.held_out.names)} images, {self.held_out.count_truth()} with '
+                 f'ground truth: {shown}')
+        self.log('Val: ' + ', '.join(f'{name} {value:.1f}' for name, value in per_class.items()))
+        values = {**means, **per_class}
+        self.log.record({'step': step, 'epoch': step // self.batches.epoch_steps,
+                         **{f'val_{name}': value for name, value in values.items()}})
+        if self.writer:
+            visualization.write_scalars(self.writer, step, {f'val/{name}': value for name, value in values.items()})
+
+    def _keep(self, net, step, name, value):
+        """Remembers, and saves where that is asked for, the best network by the measure `name`."""
+        path = self.checkpoint.session_name + '_best.pth'
+        before, of = self.checkpoint.best, f'{name} of {digest(self.held_out.names)}'     # others cannot be compared
+        if before and before['of'] == of and before['value'] >= value and (os.path.isfile(path) or not self.keep_best):
+            self.log(f'Val: the best {name} is still {before["value"]:.2f}, after {before["step"]} steps')
+            return
+        self.checkpoint.best = {'of': of, 'value': value, 'step': step}
+        if self.keep_best:
+            save_weights(net, path)
+            self.log(f'Val: the best {name} so far; wrote {path}')
