@@ -134,7 +134,7 @@ def main(args):
         held_out = HeldOut(VOC12ImageDataset(args.val_list, args.voc12_root, normalize_whole_image), truth_dir,
                            class_names, args.num_workers, device, args.amp)
         if not held_out.count_truth():
-            raise BadInput(f'--val_every needs ground truth: no image of {args.val_list} (--val_list) has a NAME.png in '
+            raise BadInput(f'--val_every needs ground truth: no image of {args.val_list} (--val_list) has a mask in '
                            f'{truth_dir} (--voc12_root)')
 
     # ----- network and optimizer -----

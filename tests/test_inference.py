@@ -528,6 +528,23 @@ def test_output_on_a_full_disk_is_one_line(code):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize('code, expected', [
+    ('print("x")', 129), ('print("x", end="")', 0), ('print("x", end=""); raise SystemExit(143)', 143)])
+def test_output_to_a_closed_terminal_ends_quietly_with_the_exit_code_of_the_run(code, expected):
+    ours, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, '-c', WRAPPED + 'input(); ' + code], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=terminal, stderr=subprocess.PIPE, env=dict(os.environ, PYTHONUNBUFFERED=''))
+    os.close(terminal)
+    os.close(ours)
+    assert process.communicate(b'\n')[1] == b'' and process.returncode == expected
+
+
+def test_damaged_disk_is_no_closed_terminal():
+    result = subprocess.run([sys.executable, '-c', f'{WRAPPED}raise OSError(5, "Input/output error")'], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and 'Input/output error' in result.stderr
+
+
 @pytest.mark.parametrize('error, words', [
     ('RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")', 'a loader process was killed'),
     ('torch.OutOfMemoryError("CUDA out of memory. Tried")', 'out of memory; what helps: '),

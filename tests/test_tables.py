@@ -291,6 +291,27 @@ def test_a_failing_script_stops_the_tables_with_one_line(tmp_path, capfd):
     assert 'what it says' in capfd.readouterr().out
 
 
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_signals_reach_the_script_and_ignored_ones_do_not(tmp_path, number):
+    script = tmp_path / 'child.py'
+    script.write_text(f"""
+import os, signal, sys, time
+def end(*_):
+    sys.exit(5)
+if signal.getsignal({number}) != signal.SIG_IGN:
+    signal.signal({number}, end)
+os.kill(os.getppid(), {number})
+time.sleep(float(sys.argv[1]))
+""")
+    with pytest.raises(BadInput, match='exit code 5'):
+        tables.run_child([sys.executable, str(script), '60'])
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        tables.run_child([sys.executable, str(script), '.2'])
+    finally:
+        signal.signal(number, before)
+
+
 # ----- the commands themselves -----
 
 def test_retraining_where_only_a_part_of_the_training_list_has_official_masks(tmp_path, monkeypatch):

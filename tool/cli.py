@@ -5,9 +5,12 @@ import errno
 import functools
 import importlib
 import os
+import signal
 import sys
 
 from tqdm import tqdm
+
+HANG_UP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []      # of a terminal that is closed; not on Windows
 
 
 class BadInput(ValueError):
@@ -25,11 +28,13 @@ class NotFinite(ArithmeticError):
 @contextlib.contextmanager
 def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
     """Wraps a script's `main`: what the user can mend ends it with one line on stderr and exit code 2, Ctrl-C with 130;
-    output into a closed pipe (`| head`) ends it without a word, with 141. Characters that the console cannot print
+    output into a closed pipe (`| head`) ends it without a word, with 141, and output to a closed terminal with 129, or
+    with the exit code that it has already. Characters that the console cannot print
     become escapes. memory_help: the flags that help where memory runs out."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+    terminal_closed = False
     try:
         try:
             yield
@@ -44,14 +49,27 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
                 exit_with('error: a loader process was killed, perhaps for lack of memory (--num_workers)', 2)
             raise
         finally:
-            print(end='', flush=True)       # a closed pipe or a full disk is noticed here, not when Python ends
+            try:
+                print(end='', flush=True)       # a closed pipe or a full disk is noticed here, not when Python ends
+            except OSError as error:
+                terminal_closed = error.errno == errno.EIO
+                if not terminal_closed:
+                    raise
+                discard_output()
     except OSError as error:
+        if terminal_closed and error.errno == errno.EIO:        # while the script ran; else EIO is of a file
+            sys.exit(129)                   # as of a process that SIGHUP ends
         if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left of the output goes nowhere
+        discard_output()
         if error.errno == errno.EPIPE:
             sys.exit(141)                   # as of a process that SIGPIPE ends
         exit_with(f'error: cannot write the output: {error.strerror}', 2)
+
+
+def discard_output():
+    """What is left of the output of this process goes nowhere, so that Python does not fail on it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_out_of_memory(error):

@@ -26,7 +26,7 @@ import sys
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.cli import HANG_UP, BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.files import file_digest
 from tool.image_lists import load_img_name_list
 from tool.outputs import SETTINGS, read_settings
@@ -113,17 +113,20 @@ def list_rows(scales, alphas):
 # ----- the commands -----
 
 def run_child(command):
-    """Runs a command to its end; what it prints stays visible. Raises BadInput where it fails."""
+    """Runs a command to its end; what it prints stays visible. SIGTERM and SIGHUP go on to it, so that a training saves
+    its checkpoint; one that is ignored, as with nohup, stays so. Raises BadInput where the command fails."""
     print('+', shlex.join(command), flush=True)
     child = subprocess.Popen(command)
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    before = {number: signal.signal(number, lambda number, _: child.send_signal(number))
+              for number in (signal.SIGTERM, *HANG_UP) if signal.getsignal(number) != signal.SIG_IGN}
     try:
         code = child.wait()
     except KeyboardInterrupt:       # the child got it too, and saves its checkpoint
         child.wait()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
         advice = '; the same command with --resume goes on' if code != 2 else ''
         raise BadInput(f'{os.path.basename(command[1])} ended with exit code {code}, see above{advice}')

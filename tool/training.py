@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tool.cli import BadInput, NotFinite, check_file, check_range, is_out_of_memory
+from tool.cli import HANG_UP, BadInput, NotFinite, check_file, check_range, is_out_of_memory
 from tool.devices import check_replicas, get_device, get_rank, peak_memory, seed_gpus
 from tool.files import atomic_write, describe
 from tool.pyutils import Logger
@@ -263,9 +263,6 @@ class Checkpoint:
 
 
 # ----- signals -----
-
-HANG_UP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []      # of a terminal that is closed; not on Windows
-
 
 def outlive_sigterm(_):
     """`worker_init_fn` of the loaders: where a whole process group is signalled, the workers outlive the last step."""
