@@ -529,7 +529,7 @@ def test_output_on_a_full_disk_is_one_line(code):
 
 
 @pytest.mark.parametrize('code, expected', [
-    ('print("x")', 129), ('print("x", end="")', 0), ('print("x", end=""); raise SystemExit(143)', 143)])
+    ('print("x", flush=True)', 129), ('print("x", end="")', 0), ('print("x", end=""); raise SystemExit(143)', 143)])
 def test_output_to_a_closed_terminal_ends_quietly_with_the_exit_code_of_the_run(code, expected):
     ours, terminal = os.openpty()
     process = subprocess.Popen([sys.executable, '-c', WRAPPED + 'input(); ' + code], cwd=ROOT, stdin=subprocess.PIPE,
