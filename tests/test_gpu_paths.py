@@ -50,6 +50,12 @@ def test_training_of_seam(options, settings):
     check(*terms.values(), *cams)
 
 
+def test_validation_of_seam():
+    with torch.no_grad():
+        scores, maps = train_SEAM.scores_and_maps(on_gpu(slim_SEAM.Net).eval(), images(1))
+    check(scores, *maps)
+
+
 @pytest.mark.parametrize('make', [resnet38_SEAM.Net, resnet38_aff.Net])
 def test_networks_at_full_width(make):
     outputs = on_gpu(make).train()(images(8, 448, 448))

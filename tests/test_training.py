@@ -21,6 +21,7 @@ from test_scripts import done, refused, run
 from tool import cli, metrics, pyutils, torchutils, training, visualization
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
+VALIDATE = {'train_SEAM': ('--val_every', 1, '--val_list', 'VOC2012/ImageSets/Segmentation/val.txt'), 'train_aff': ()}
 
 
 @pytest.fixture(scope='module')
@@ -379,7 +380,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(data, still, script, monkeypatch):
 
 @pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
 def test_two_ranks_equal_one(data, still, script, tmp_path):
-    """Gloo on the CPU through torchrun, several steps."""
+    """Gloo on the CPU through torchrun, several steps; the ranks share the validation."""
     (tmp_path / 'still.py').write_text(
         'import runpy, sys, torch\n'
         'torch.nn.Dropout2d.forward = lambda self, x: x\n'
@@ -388,7 +389,8 @@ def test_two_ranks_equal_one(data, still, script, tmp_path):
         'runpy.run_path(sys.argv[0], run_name="__main__")\n')
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'still.py',
-         os.path.join(ROOT, script + '.py'), *map(str, flags(script, 'ranks', '--lr', 1e-3, '--log_every', 5))],
+         os.path.join(ROOT, script + '.py'),
+         *map(str, flags(script, 'ranks', '--lr', 1e-3, '--log_every', 5, *VALIDATE[script]))],
         cwd=data, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count('Iter:    0/    6') == result.stdout.count('Iter:    5/    6') == 1   # of rank 0 alone
@@ -398,6 +400,7 @@ def test_two_ranks_equal_one(data, still, script, tmp_path):
     for name in alone:          # the losses of all ranks' images, not of the first's alone
         if 'loss' in name or 'cnt' in name:
             assert shown[name] == pytest.approx(alone[name], rel=1e-3), name
+    assert result.stdout.count('images 4, masks 4') == (2 if script == 'train_SEAM' else 0)
     whole, start = still[script]
     assert distance(whole, weights(data / 'ranks.pth'), start) < 1e-3
 

@@ -82,14 +82,14 @@ class HeldOut:
 def measure_cams(predict, net, held_out):
     """Of a classifier and its CAMs: (means, per_class, best), dicts of numbers in percent, and the name of the mean
     that tells the best network. The mAP, from labels alone; where there is ground truth, the mIoU of the CAMs of each
-    kind over the classes present, at its best background score.
+    kind over the classes present, at its best background score. Among the means are the counts of images and masks.
 
     predict(net, img (1, 3, H, W)) -> class scores (1, C) and a list of CAMs (1, C, H, W), normalised, one for each of
     MAPS or for the first. The dataset has `labels`, dict name -> (C,) multi-hot.
     """
     labels = np.stack([held_out.dataset.labels[name] for name in held_out.names])              # (N, C)
     num_classes = labels.shape[1]
-    scores = np.zeros((len(labels), num_classes + 1))           # the last column: whether the image was measured
+    scores = np.zeros((len(labels), num_classes + 2))           # the last columns: 1 once it is measured, 1 with a mask
     curves = np.zeros((len(MAPS), len(BACKGROUND_SCORES), num_classes + 2, num_classes + 2), np.int64)
 
     def count(number, outputs, truth):
@@ -98,19 +98,18 @@ def measure_cams(predict, net, held_out):
         maps = [cam[0].float().cpu().numpy() for cam in maps]
         if not all(np.isfinite(values).all() for values in (row, *maps)):
             raise BadInput(f'the maps of {held_out.names[number]} are NaN or infinite')
-        scores[number] = [*row, 1]
+        scores[number] = [*row, 1, truth is not None]
         for curve, cam in zip(curves, maps if truth is not None else ()):
             curve += confusion_curve(truth, {key: cam[key] for key in np.flatnonzero(labels[number])},
                                      BACKGROUND_SCORES, num_classes)
 
     held_out.run(lambda img: predict(net, img), count)
     scores, curves = held_out.sum(scores), held_out.sum(curves)
-    measured = scores[:, -1] > 0
-    means, per_class, best = {}, {}, 'mAP'
-    if measured.any():
-        precisions = average_precision(scores[measured, :-1], labels[measured])
-        per_class = {f'AP_{name}': value.item() for name, value in zip(held_out.class_names, precisions)
-                     if not np.isnan(value)}
+    measured = scores[:, -2] > 0
+    means, best = {'images': int(measured.sum()), 'masks': int(scores[:, -1].sum())}, 'mAP'
+    precisions = average_precision(scores[measured, :-2], labels[measured])
+    per_class = {f'AP_{name}': value.item() for name, value in zip(held_out.class_names, precisions)
+                 if not np.isnan(value)}
     if per_class:
         means['mAP'] = np.mean(list(per_class.values())).item()
     for kind, curve in zip(MAPS, curves):
@@ -125,7 +124,7 @@ def measure_cams(predict, net, held_out):
 def measure_labels(net, held_out):
     """Of a segmentation network: as `measure_cams`, the mIoU over the classes present of the label maps at one scale,
     without mirror and CRF, and the IoU of each of these classes."""
-    matrix = np.zeros((len(held_out.class_names) + 2,) * 2, np.int64)
+    matrix, masks = np.zeros((len(held_out.class_names) + 2,) * 2, np.int64), np.zeros(1, np.int64)
 
     def count(number, logits, truth):
         if truth is None:
@@ -133,15 +132,15 @@ def measure_labels(net, held_out):
         if not logits.isfinite().all():
             raise BadInput(f'the class scores of {held_out.names[number]} are NaN or infinite')
         matrix[...] += confusion(truth, logits[0].argmax(dim=0).cpu().numpy(), len(held_out.class_names))
+        masks[...] += 1
 
     held_out.run(net, count)
-    total = held_out.sum(matrix)
-    if not total.any():
-        return {}, {}, 'mIoU'
+    total, means = held_out.sum(matrix), {'masks': held_out.sum(masks).item()}
+    if total.any():
+        means['mIoU'] = mean_measures(total)['mIoU_present'].item()
     present = total.sum(axis=1)[:-1] > 0
     ious = zip(['background', *held_out.class_names], class_measures(total)[0], present)
-    return ({'mIoU': mean_measures(total)['mIoU_present'].item()},
-            {f'IoU_{name}': value.item() for name, value, is_there in ious if is_there}, 'mIoU')
+    return means, {f'IoU_{name}': value.item() for name, value, is_there in ious if is_there}, 'mIoU'
 
 
 class Validation:
@@ -165,18 +164,16 @@ class Validation:
         copy_buffers_of_first_rank(net)                         # its running statistics are those that are saved
         means, per_class, best = self.measure(net, self.held_out)
         lines = self.held_out.errors.pop()
-        if not means:
+        if best not in means:
             raise BadInput('no image of --val_list could be measured; the first: '
-                           f'{[*lines, "no class and no ground truth"][0]}')
+                           f'{[*lines, "it has no class and no ground truth"][0]}')
         for line in lines:
             self.log.warn_once(line, f'left out of the validation (--val_list): {line}')
         self._report(step, means, per_class)
         self._keep(net, step, best, means[best])
 
     def _report(self, step, means, per_class):
-        shown = ', '.join(f'{name} {value:.2f}' for name, value in means.items())
-        self.log(f'Val: after {step} steps, {len(self.held_out.names)} images, {self.held_out.count_truth()} with '
-                 f'ground truth: {shown}')
+        self.log(f'Val: after {step} steps: ' + ', '.join(f'{name} {value:.4g}' for name, value in means.items()))
         self.log('Val: ' + ', '.join(f'{name} {value:.1f}' for name, value in per_class.items()))
         values = {**means, **per_class}
         self.log.record({'step': step, 'epoch': step // self.batches.epoch_steps,
@@ -189,7 +186,7 @@ class Validation:
         path = self.checkpoint.session_name + '_best.pth'
         before, of = self.checkpoint.best, f'{name} of {digest(self.held_out.names)}'     # others cannot be compared
         if before and before['of'] == of and before['value'] >= value and (os.path.isfile(path) or not self.keep_best):
-            self.log(f'Val: the best {name} is still {before["value"]:.2f}, after {before["step"]} steps')
+            self.log(f'Val: the best {name} is still {before["value"]:.4g}, after {before["step"]} steps')
             return
         self.checkpoint.best = {'of': of, 'value': value, 'step': step}
         if self.keep_best:
