@@ -13,7 +13,7 @@ from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.devices import autocast, get_device, get_rank
-from tool.files import file_digest
+from tool.files import atomic_write, file_digest
 from tool.on_error import Errors, no_more_than_a_warning
 from tool.outputs import ResultFolder, SpaceCheck, describe_folder, open_folders, warn_of_background
 from tool.thresholds import threshold_of
@@ -21,6 +21,7 @@ from tool.torchutils import read_items
 from tool.workers import BoundedPool
 from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
 from voc12.lists import load_class_names
+from voc12.tags import load_tag_thresholds, write_tag_tables
 
 LARGE_VIEW = 3 * 360 * 360      # numbers; batching a larger view with its mirror needs twice the memory, no less time
 MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf (both work with --resume); smaller '
@@ -29,7 +30,7 @@ MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf
 
 def grad_cam(net, x, plus):
     """Grad-CAM (Selvaraju et al. 2017) or, with `plus`, Grad-CAM++ (Chattopadhay et al. 2018) at conv6, for the scores
-    that the classification loss sees, `class_scores`: (N, 3, H, W) -> (N, 1+C, h, w), >= 0.
+    that the classification loss sees, `class_scores`: (N, 3, H, W) -> (N, 1+C, h, w), >= 0, and these scores (N, 1+C).
 
     A channel A counts with the sum over its pixels of the score's gradient g, or with `plus` of
     relu(g) g^2 / (2 g^2 + g^3 sum(A)).
@@ -39,43 +40,58 @@ def grad_cam(net, x, plus):
     maps = []
     with torch.inference_mode(False), torch.enable_grad():
         leaf = features.detach().clone().requires_grad_()
-        for score in class_scores(net.classify(leaf)).sum(dim=0):                  # images do not mix
+        scores = class_scores(net.classify(leaf))
+        for score in scores.sum(dim=0):                                            # images do not mix
             gradient, = torch.autograd.grad(score, leaf, retain_graph=True)
             if plus:
                 gradient = F.relu(gradient) / (2 + gradient * total)
             weight = gradient.sum(dim=(2, 3), keepdim=True)
             maps.append(F.relu((weight * features).sum(dim=1)))
-    return torch.stack(maps, dim=1)
+    return torch.stack(maps, dim=1), scores.detach()
 
 
 def class_maps(net, x, kind):
-    """Raw maps (N, 1+C, h, w) of normalised images (N, 3, H, W): what `--map` asks for, at the size of the features."""
+    """Raw maps (N, 1+C, h, w) of normalised images (N, 3, H, W), what `--map` asks for, at the size of the features;
+    and the scores (N, 1+C) that the classification loss sees."""
     if kind.startswith('gradcam'):
         return grad_cam(net, x, plus=kind == 'gradcam++')
     cam, cam_rv = net.class_maps(x)
-    return cam_rv if kind == 'cam_rv' else cam
+    return cam_rv if kind == 'cam_rv' else cam, class_scores(cam)
 
 
 @torch.inference_mode()
-def multi_scale_cam(net, views, classes, size, kind='cam_rv', flip=True, device='cpu', amp='off'):
-    """Sum of one image's maps over its views.
+def run_views(net, views, kind='cam_rv', flip=True, device='cpu', amp='off'):
+    """Runs the network on one image's views.
 
-    views: normalised (3, h, w) tensors, one for each scale. classes: foreground classes 0..C-1 to keep. size: (H, W) of
-    the image. kind: see `class_maps`. flip: run each view with its mirror image, as one batch.
-    Returns float32 (classes, H, W).
+    views: normalised (3, h, w) tensors, one for each scale. kind: see `class_maps`. flip: run each view with its mirror
+    image, as one batch. Returns (maps, probability): the foreground maps of each view (2, C, h', w'), without `flip`
+    (1, C, h', w'), and float32 (C,), the largest probability of each class over all of them.
     """
-    total = np.zeros((len(classes), *size), np.float32)
+    maps, scores = [], []
     for view in views:
         view = view.to(device, non_blocking=True)
         x = torch.stack([view, view.flip(-1)] if flip else [view])
         batch = 1 if view.numel() > LARGE_VIEW else 2
         with autocast(x.device, amp):
-            cam = torch.cat([class_maps(net, part, kind) for part in x.split(batch)])
-        cam = cam[:, 1:][:, classes].float()                                       # (2, classes, h, w)
-        cam = F.interpolate(cam, x.shape[2:], mode='bilinear', align_corners=True)
+            parts = [class_maps(net, part, kind) for part in x.split(batch)]
+        maps.append(torch.cat([cam for cam, _ in parts])[:, 1:])
+        scores += [score[:, 1:].float() for _, score in parts]
+    return maps, torch.cat(scores).amax(dim=0).sigmoid().cpu().numpy()
+
+
+@torch.inference_mode()
+def multi_scale_cam(maps, views, classes, size):
+    """Sum of one image's maps over its views, float32 (classes, H, W).
+
+    maps, views: see `run_views`. classes: foreground classes 0..C-1 to keep. size: (H, W) of the image.
+    """
+    total = np.zeros((len(classes), *size), np.float32)
+    for cam, view in zip(maps, views if classes else ()):
+        cam = cam[:, classes].float()                                              # (2, classes, h, w)
+        cam = F.interpolate(cam, view.shape[1:], mode='bilinear', align_corners=True)
         cam = F.interpolate(cam, size, mode='bilinear', align_corners=False).cpu().numpy()
         total += cam[0]
-        if flip:
+        if len(cam) > 1:
             total += cam[1, ..., ::-1]
     return total
 
@@ -129,8 +145,16 @@ def get_args_parser():
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
-    add('--infer_list', default='voc12/train.txt', help='images to work on')
+    either = parser.add_mutually_exclusive_group().add_argument
+    either('--infer_list', default='voc12/train.txt', help='images to work on')
+    either('--images', nargs='+', metavar='PATH', help='image files, and folders with their sub-folders, to work on in '
+           'place of --voc12_root and --infer_list')
     add('--cls_labels', default='voc12/cls_labels.npy', help='image-level labels; without this file the XML is read')
+    add('--tag_threshold', metavar='NUMBER_OR_FILE', help='take the classes of each image from the classifier, not '
+        'from --cls_labels: those whose largest probability over scales and mirrors is above this number, or above '
+        'that of the class in a file with lines CLASS,THRESHOLD')
+    add('--tag_scales', type=float, nargs='+', help='scales of these probabilities; not given: those of --scales. The '
+        'classifier is best where objects are as large as in its training')
     add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
@@ -153,6 +177,9 @@ def get_args_parser():
     # outputs
     add('--out_cam', help='folder for the CAM dicts, NAME.npy')
     add('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
+    add('--out_tags', help='folder for probabilities.csv, the probability of every class in every image, and tags.csv, '
+        'the classes that --tag_threshold took, as make_custom.py reads them; without --tag_threshold, the best one '
+        'for the known labels is printed')
     add('--out_cam_pred', help='folder for label maps, NAME.png')
     add('--out_cam_pred_alpha', default=0.26, type=float, help='background score of these maps (not an exponent)')
     add('--cam_dtype', default='float32', choices=['float32', 'float16'], help='of the CAM and CRF dicts')
@@ -166,17 +193,24 @@ def get_args_parser():
 
 
 def check_args(args):
-    if not (args.out_cam or args.out_crf or args.out_cam_pred):
-        raise BadInput('nothing to write: give --out_cam, --out_crf or --out_cam_pred')
+    if not (args.out_cam or args.out_crf or args.out_cam_pred or args.out_tags):
+        raise BadInput('nothing to write: give --out_cam, --out_crf, --out_cam_pred or --out_tags')
     if args.cam_dir:
         check_dir(args.cam_dir, '--cam_dir')
-        if args.weights or args.out_cam:
-            raise BadInput(f'--cam_dir has the CAMs already: leave {"--weights" if args.weights else "--out_cam"} out')
+        needless = [flag for flag in ('weights', 'out_cam', 'tag_threshold', 'out_tags') if getattr(args, flag)]
+        if needless:
+            raise BadInput(f'--cam_dir has the CAMs already: leave --{needless[0]} out')
     elif not args.weights:
         raise BadInput('the CAMs need --weights, or --cam_dir where they are finished')
     else:
         check_file(args.weights, '--weights')
-    check_range(args, 0.01, 100, 'scales', 'crf_alpha')
+        if args.images and not args.tag_threshold:
+            check_file(args.cls_labels, '--cls_labels; --tag_threshold takes the tags of --images from the classifier')
+        if args.tag_threshold and not args.out_tags:
+            raise BadInput('--tag_threshold needs --out_tags, a folder for the list of the tags that were taken')
+    if args.tag_scales and not args.out_tags:
+        raise BadInput('--tag_scales are the scales of --out_tags, which is not given')
+    check_range(args, 0.01, 100, 'scales', 'tag_scales', 'crf_alpha')
     check_range(args, -1000, 1000, 'out_cam_pred_alpha')
     check_range(args, 0, 256, 'num_workers', 'crf_workers')
     if args.out_crf and len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
@@ -203,13 +237,15 @@ def main(args):
     class_names = load_class_names(args.class_names)
     device = get_device(args.device, args.tf32)
     backend = crf.choose_crf_backend(args.crf_backend) if args.out_crf else None
+    thresholds = load_tag_thresholds(args.tag_threshold, class_names) if args.tag_threshold else None
     if args.cam_dir:
-        dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=np.array)
+        dataset = VOC12ImageDataset(args.infer_list, args.voc12_root, transform=np.array, images=args.images)
         if args.on_error == 'stop':         # better now than after hours
             score_files.check_scores(args.cam_dir, dataset.img_name_list, '--cam_dir')
     else:
         dataset = VOC12ClsDatasetMSF(
-            args.infer_list, voc12_root=args.voc12_root, scales=args.scales, cls_labels=args.cls_labels,
+            args.infer_list, voc12_root=args.voc12_root, scales=args.scales + (args.tag_scales or []),
+            cls_labels=None if args.tag_threshold else args.cls_labels, images=args.images,
             inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
             class_names=class_names)
         net = import_network(args.network, 'SEAM', args.backbone)(
@@ -221,8 +257,10 @@ def main(args):
         settings = describe_folder(args.cam_dir, 'cam_dir')
     else:
         settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'map', 'pcm', 'amp')}
-        settings.update(weights=file_digest(args.weights), class_names=class_names,
-                        cls_labels=file_digest(args.cls_labels) if os.path.isfile(args.cls_labels) else None)
+        known = thresholds is None and os.path.isfile(args.cls_labels)
+        settings.update(weights=file_digest(args.weights), class_names=class_names, tag_threshold=thresholds,
+                        tag_scales=args.tag_scales, cls_labels=file_digest(args.cls_labels) if known else None)
+    tag_folder = ResultFolder(args.out_tags, '--out_tags', '.npy', settings) if args.out_tags else None
     label_settings = {**settings, 'background_score': args.out_cam_pred_alpha}
     settings.update(cam_dtype=args.cam_dtype, cam_format=args.cam_format)
     extension = '.' + args.cam_format
@@ -232,7 +270,7 @@ def main(args):
     crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
                                 {**settings, 'alpha': alpha, 'crf': crf.describe_crf(crf.CAM_CRF)})
                    for alpha in (args.crf_alpha if args.out_crf else [])]
-    folders = [folder for folder in (cam_folder, label_folder, *crf_folders) if folder]
+    folders = [folder for folder in (tag_folder, cam_folder, label_folder, *crf_folders) if folder]
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
     todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume, [args.cam_dir])
     if args.vis_dir:
@@ -251,12 +289,23 @@ def main(args):
                     cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', size, len(class_names))
                 else:
                     views, label = item
-                    classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
-                    cam = multi_scale_cam(net, views, classes, size, args.map, args.flip, device, args.amp)
+                    cam_views, tag_views = views[:len(args.scales)], views[len(args.scales):]
+                    maps, probability = [], None
+                    if tag_folder or label.any():
+                        maps, probability = run_views(net, cam_views, args.map, args.flip, device, args.amp)
+                    if tag_views:
+                        _, probability = run_views(net, tag_views, 'cam', args.flip, device, args.amp)
+                    # a probability that is NaN counts, and its map is refused below
+                    taken = label.numpy() > 1e-5 if thresholds is None else ~(probability <= thresholds)
+                    classes = np.flatnonzero(taken).tolist()
+                    cam = multi_scale_cam(maps, cam_views, classes, size)
                     if not np.isfinite(cam).all():
                         raise BadInput(f'the maps of {name} are NaN or infinite (--weights {args.weights}, --amp '
                                        f'{args.amp})')
                     cam_dict = dict(zip(classes, normalize_cam(cam)))
+                    if tag_folder:
+                        with tag_folder.writing(name) as path, atomic_write(path) as file:
+                            np.save(file, probability)
                 if cam_folder:
                     with cam_folder.writing(name) as path:
                         score_files.save_scores(path, cam_dict, args.cam_dtype)
@@ -273,6 +322,9 @@ def main(args):
                 space.count_image()
     for index, folder in enumerate(crf_folders):
         warn_of_background([shares[index] for shares in pool.results], folder.path, '--crf_alpha')
+    if tag_folder:
+        paths = {name: os.path.relpath(path, dataset.folder) for name, path in dataset.paths.items()}
+        write_tag_tables(tag_folder, dataset.img_name_list, paths, class_names, thresholds, dataset.labels)
     sys.exit(errors.report())
 
 

@@ -1,5 +1,7 @@
 """Step 8: label maps of a trained segmentation network. See the README."""
 import argparse
+import math
+import os
 import sys
 
 import numpy as np
@@ -7,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from network.weights import load_trained
-from tool import imutils
-from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network
+from tool import imutils, visualization
+from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network, make_dir
 from tool.crf import SEGMENTATION_CRF, choose_crf_backend, choose_crf_workers, crf_inference, describe_crf
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.image_files import save_label_map
-from tool.on_error import Errors
+from tool.on_error import Errors, no_more_than_a_warning
 from tool.outputs import ResultFolder, SpaceCheck, open_folders
 from tool.score_files import save_scores
 from tool.torchutils import read_items
@@ -22,7 +24,7 @@ from voc12.data import VOC12ImageDataset
 from voc12.lists import load_class_names
 
 MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf (both work with --resume); smaller '
-               '--scales and --amp bf16 (they change the results: leave --resume out)')
+               '--scales, --tile and --amp bf16 (they change the results: leave --resume out)')
 
 
 @torch.inference_mode()
@@ -43,22 +45,54 @@ def multi_scale_probability(net, img, scales, flip=True, device='cpu', amp='off'
     return F.softmax(total[0] / passes, dim=0).cpu().numpy()
 
 
-def write_results(name, prob, img, label_folder, prob_folder, use_crf, backend, device):
-    """Writes label map and probabilities of the image `name`, each into its ResultFolder, None for what is not asked
-    for; the job of a worker process where there is a CRF.
+def tile_starts(side, tile):
+    """Where the tiles of an image's side begin, in pixels: as few as overlap by a quarter of a tile or more, evenly
+    spread, the first at 0 and the last at the end."""
+    last = max(side - tile, 0)
+    count = math.ceil(last / (tile * 3 // 4)) + 1
+    return [last * number // max(count - 1, 1) for number in range(count)]
+
+
+def tiled_probability(net, img, tile, scales, flip=True, device='cpu', amp='off'):
+    """As `multi_scale_probability`, tile by tile; where tiles overlap, the mean of their probabilities. tile: pixels of
+    a side before it is rescaled; a tile that holds the image is the image."""
+    h, w = img.shape[:2]
+    total, count = None, np.zeros((h, w), np.float32)
+    for top in tile_starts(h, tile):
+        for left in tile_starts(w, tile):
+            window = np.s_[..., top:top + tile, left:left + tile]
+            part = multi_scale_probability(net, img[window[1:]], scales, flip, device, amp)
+            if total is None:
+                total = np.zeros((len(part), h, w), np.float32)
+            total[window] += part
+            count[window] += 1
+    return total / count
+
+
+def write_results(name, prob, img, label_folder, prob_folder, use_crf, backend, device, class_names=(), vis_dir=None):
+    """Writes label map, probabilities and picture of the image `name`, the first two into their ResultFolders; None for
+    what is not asked for. The job of a worker process where there is a CRF.
 
     prob: float32 (1+C, H, W); img: float32 (H, W, 3), normalised.
     """
-    if use_crf:
+    if use_crf or vis_dir:
         orig_img = imutils.denormalize(imutils.HWC_to_CHW(img))     # a tenth of the values end 1 lower, as published
+    if use_crf:
         prob = crf_inference(orig_img, prob, SEGMENTATION_CRF.iterations, kernels=SEGMENTATION_CRF.kernels,
                              backend=backend, device=device)
+    labels = prob.argmax(axis=0)
     if label_folder:
         with label_folder.writing(name) as path:
-            save_label_map(path, prob.argmax(axis=0))
+            save_label_map(path, labels)
     if prob_folder:
         with prob_folder.writing(name) as path:
             save_scores(path, dict(enumerate(prob)))
+    if vis_dir:
+        with no_more_than_a_warning(f'no picture of {name}'):
+            present = [class_names[label - 1] for label in np.unique(labels) if label]
+            visualization.save_picture(os.path.join(vis_dir, name + '.jpg'),
+                                       [orig_img, visualization.labels_on_image(orig_img, labels)],
+                                       ['image', ', '.join(present) or 'background'])
 
 
 def get_args_parser():
@@ -66,7 +100,10 @@ def get_args_parser():
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    add('--infer_list', default='voc12/val.txt', help='images to work on')
+    either = parser.add_mutually_exclusive_group().add_argument
+    either('--infer_list', default='voc12/val.txt', help='images to work on')
+    either('--images', nargs='+', metavar='PATH', help='image files, and folders with their sub-folders, to work on in '
+           'place of --voc12_root and --infer_list')
     add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
     add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
     # network
@@ -79,12 +116,16 @@ def get_args_parser():
     # test protocol; the defaults are those of the published numbers
     add('--scales', default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], type=float, nargs='+', help='factors of the size')
     add('--flip', default=1, type=int, choices=[0, 1], help='1: each scale is run with its mirror image; 0: without')
+    add('--tile', type=int, metavar='SIDE', help='for large images: run the network on overlapping squares of this '
+        'many pixels and average their probabilities; needs less memory, and the network sees less around a pixel')
     add('--crf', default='on', choices=['on', 'off'], help='one iteration of the dense CRF on the probabilities')
     add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
     add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
     # outputs
     add('--out_seg', help='folder for the label maps, NAME.png')
     add('--out_prob', help='folder for the probabilities, NAME.npy, as --out_crf of infer_SEAM.py with all classes')
+    add('--vis_dir', help='folder for pictures of the labels beside the image, NAME.jpg')
+    add('--vis_count', default=20, type=int, help='how many images of the list get one, if not finished already')
     add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
     add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
     return parser
@@ -95,6 +136,7 @@ def check_args(args):
         raise BadInput('nothing to write: give --out_seg or --out_prob')
     check_range(args, 0.01, 100, 'scales')
     check_range(args, 0, 256, 'num_workers', 'crf_workers')
+    check_range(args, 32, 100000, 'tile')
     check_file(args.weights, '--weights')
 
 
@@ -110,12 +152,12 @@ def main(args):
     backend = choose_crf_backend(args.crf_backend) if args.crf == 'on' else None
 
     # ----- data and network -----
-    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=normalize)
+    dataset = VOC12ImageDataset(args.infer_list, args.voc12_root, transform=normalize, images=args.images)
     net = import_network(args.network, 'segmentation', args.backbone)(num_classes=len(class_names))
     load_trained(net, args.weights, device)
 
     # ----- outputs -----
-    settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'amp')}
+    settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'amp', 'tile')}
     settings.update(weights=file_digest(args.weights), class_names=class_names,
                     crf=describe_crf(SEGMENTATION_CRF) if args.crf == 'on' else None)
     label_folder = ResultFolder(args.out_seg, '--out_seg', '.png', settings) if args.out_seg else None
@@ -123,6 +165,9 @@ def main(args):
     folders = [folder for folder in (label_folder, prob_folder) if folder]
     rank, ranks = get_rank()
     todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume)
+    if args.vis_dir:
+        make_dir(args.vis_dir, '--vis_dir')
+    pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
     errors = Errors(args.on_error, MEMORY_HELP)
     space = SpaceCheck(folders, todo)
 
@@ -131,11 +176,12 @@ def main(args):
         for name, img in read_items(dataset, todo, errors, args.num_workers, device, 'segmentation'):
             with errors.caught(name):
                 img = img.numpy()                                           # (H, W, 3)
-                prob = multi_scale_probability(net, img, args.scales, args.flip, device, args.amp)
+                prob = tiled_probability(net, img, args.tile or max(img.shape), args.scales, args.flip, device,
+                                         args.amp)
                 if not np.isfinite(prob).all():
                     raise BadInput(f'the probabilities of {name} are NaN (--weights {args.weights}, --amp {args.amp})')
                 pool.submit(write_results, name, prob, img, label_folder, prob_folder, args.crf == 'on', backend,
-                            device, name=name)
+                            device, class_names, args.vis_dir if name in pictured else None, name=name)
                 space.count_image()
     sys.exit(errors.report())
 

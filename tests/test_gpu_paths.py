@@ -80,7 +80,7 @@ def test_training_of_affinity_net(amp, checkpointing):
 def test_maps_of_inference(kind, monkeypatch):
     monkeypatch.setattr(seam, 'PCM_BYTES', 4 * 2 * 120 * 7)     # seven columns at a time
     with torch.no_grad():
-        check(infer_SEAM.class_maps(on_gpu(slim_SEAM.Net).eval(), images(), kind))
+        check(*infer_SEAM.class_maps(on_gpu(slim_SEAM.Net).eval(), images(), kind))
 
 
 def test_random_walk(monkeypatch):

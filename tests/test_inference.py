@@ -686,9 +686,10 @@ def net():
 @pytest.mark.parametrize('plus', [False, True])
 def test_closed_forms_of_grad_cam_equal_autograd(net, plus):
     x = torch.randn(1, 3, 64, 80)
-    maps = infer_SEAM.grad_cam(net, x, plus)
+    maps, our_scores = infer_SEAM.grad_cam(net, x, plus)
     features = net.forward_as_dict(x)['conv6'].detach().requires_grad_()
     scores = net.fc8(features).mean(dim=(2, 3))[0]
+    assert torch.allclose(our_scores, scores)
     for k in range(3):
         g, = torch.autograd.grad(scores[k], features, retain_graph=True)            # (1, D, h, w)
         if plus:
@@ -706,7 +707,8 @@ def test_large_views_go_one_by_one_to_the_same_maps(net, monkeypatch):
     hook = net.conv1a.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
     for limit in view.numel(), view.numel() - 1:
         monkeypatch.setattr(infer_SEAM, 'LARGE_VIEW', limit)
-        cams.append(infer_SEAM.multi_scale_cam(net, [view], [2, 5], (50, 60)))
+        maps, _ = infer_SEAM.run_views(net, [view])
+        cams.append(infer_SEAM.multi_scale_cam(maps, [view], [2, 5], (50, 60)))
     hook.remove()
     assert batches == [2, 1, 1] and np.abs(cams[0] - cams[1]).max() < 1e-5 * cams[0].max()
 
@@ -744,7 +746,7 @@ def test_an_image_is_read_once_and_its_mirror_is_made_on_the_device(data, monkey
     """The views are not doubled in the loader, and the image for CRF and pictures is not decoded a second time."""
     monkeypatch.chdir(data)
     reads, read_image = [], image_files.read_image
-    monkeypatch.setattr(image_files, 'read_image', lambda path: reads.append(path) or read_image(path))
+    monkeypatch.setattr(image_files, 'read_image', lambda path, flag: reads.append(path) or read_image(path))
     dataset = VOC12ClsDatasetMSF(LIST, 'VOC2012', [0.5, 1], lambda img: np.asarray(img).transpose(2, 0, 1))
     name, img, views, label = dataset[0]
     assert name == names_of(data)[0] and len(reads) == 1
@@ -756,7 +758,7 @@ def test_an_image_is_read_once_and_its_mirror_is_made_on_the_device(data, monkey
 
 def test_mirrored_view_adds_the_mirrored_maps(net):
     view = torch.randn(3, 64, 80)
-    both, one, other = (infer_SEAM.multi_scale_cam(net, [x], [2, 5], (64, 80), flip=flip)
+    both, one, other = (infer_SEAM.multi_scale_cam(infer_SEAM.run_views(net, [x], flip=flip)[0], [x], [2, 5], (64, 80))
                         for x, flip in ((view, True), (view, False), (view.flip(-1), False)))
     assert np.abs(both - (one + other[..., ::-1])).max() < 1e-5 * both.max()
 

@@ -171,7 +171,8 @@ def inferred(seam_net):
             assert (img == g[name + ':rgb_decoded']).all()
             classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
             tensors = [torch.from_numpy(view) for view in views]
-            cam = infer_SEAM.multi_scale_cam(seam_net, tensors, classes, img.shape[:2])
+            maps, _ = infer_SEAM.run_views(seam_net, tensors)
+            cam = infer_SEAM.multi_scale_cam(maps, tensors, classes, img.shape[:2])
             mirrored = [view[..., ::-1].copy() for view in views]       # on the device in the script
             out[name] = ([view for pair in zip(views, mirrored) for view in pair], classes,
                          dict(zip(classes, infer_SEAM.normalize_cam(cam))))
@@ -245,10 +246,10 @@ def test_flat_map_becomes_minus_one():
 @pytest.mark.parametrize('plus', [False, True])
 def test_grad_cam_follows_another_pooling_of_the_classification_loss(seam_net, monkeypatch, plus):
     x, pool = torch.randn(1, 3, 32, 40), lambda cam: cam.square().mean(dim=(2, 3))
-    mean = infer_SEAM.grad_cam(seam_net, x, plus)
+    mean, _ = infer_SEAM.grad_cam(seam_net, x, plus)
     monkeypatch.setattr(infer_SEAM, 'class_scores', pool)
     with torch.inference_mode():
-        maps = infer_SEAM.grad_cam(seam_net, x, plus)
+        maps, _ = infer_SEAM.grad_cam(seam_net, x, plus)
         features = seam_net.forward_as_dict(x)['conv6']
     assert maps.shape == mean.shape and not torch.allclose(maps, mean)
     if not plus:            # the mean of the gradient is that of the plain CAM times twice its mean

@@ -48,11 +48,11 @@ def convert_to_rgb(img):
     return img.convert('RGB')
 
 
-def read_image(path):
-    """Opens an image as PIL RGB, whatever its mode, see `convert_to_rgb`. EXIF orientation is ignored, as in the
-    reference. Raises BadInput for a missing, damaged, truncated or oversized file, for a format not in IMAGE_FORMATS,
-    and for pixels of 32 bits."""
-    return decode_image(path, f'the image {path} (--voc12_root)', convert_to_rgb)
+def read_image(path, flag='--voc12_root'):
+    """Opens an image as PIL RGB, whatever its mode, see `convert_to_rgb`; `flag` named it or its folder, for messages.
+    EXIF orientation is ignored, as in the reference. Raises BadInput for a missing, damaged, truncated or oversized
+    file, for a format not in IMAGE_FORMATS, and for pixels of 32 bits."""
+    return decode_image(path, f'the image {path} ({flag})', convert_to_rgb)
 
 
 def read_indices(img):

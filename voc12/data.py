@@ -9,37 +9,47 @@ from tool import image_files, imutils, score_files
 from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
 from tool.cli import BadInput, check_file
 from tool.image_files import IGNORE
-from voc12.lists import CAT_LIST, check_images, get_img_path, load_img_name_list, load_labels
+from voc12.data_root import find_images
+from voc12.lists import CAT_LIST, IMG_FOLDER, check_images, get_img_path, load_img_name_list, load_labels
 from voc12.masks import wrong_values
 
 
 class VOC12ImageDataset(Dataset):
-    """(name, image) of every name of a list. The image is PIL RGB, or what `transform` makes of it."""
+    """(name, image) of every name of a list, or of `images`, the files and folders of --images, in place of list and
+    data root. The image is PIL RGB, or what `transform` makes of it. `paths` are those of the images, by name, `folder`
+    is one in which all are."""
 
-    def __init__(self, img_name_list_path, voc12_root, transform=None):
-        self.img_name_list = load_img_name_list(img_name_list_path)
-        self.voc12_root = voc12_root
+    def __init__(self, img_name_list_path, voc12_root, transform=None, images=None):
         self.transform = transform
+        if images:
+            self.flag, (self.paths, self.folder) = '--images', find_images(images)
+            self.img_name_list = list(self.paths)
+            return
+        self.flag, self.folder = '--voc12_root', os.path.join(voc12_root, IMG_FOLDER)
+        self.img_name_list = load_img_name_list(img_name_list_path)
         check_images(self.img_name_list, img_name_list_path, voc12_root)
+        self.paths = {name: get_img_path(name, voc12_root) for name in self.img_name_list}
 
     def __len__(self):
         return len(self.img_name_list)
 
     def __getitem__(self, idx):
         name = self.img_name_list[idx]
-        img = image_files.read_image(get_img_path(name, self.voc12_root))
+        img = image_files.read_image(self.paths[name], self.flag)
         if self.transform:
             img = self.transform(img)
         return name, img
 
 
 class VOC12ClsDataset(VOC12ImageDataset):
-    """(name, image, label): label is a float32 (C,) multi-hot of the image's classes."""
+    """(name, image, label): label is a float32 (C,) multi-hot of the image's classes; of zeros alone without
+    `cls_labels`, where nobody knows them."""
 
     def __init__(self, img_name_list_path, voc12_root, transform=None, cls_labels='voc12/cls_labels.npy',
-                 class_names=CAT_LIST):
-        super().__init__(img_name_list_path, voc12_root, transform)
-        self.labels = load_labels(self.img_name_list, cls_labels, voc12_root, class_names)
+                 class_names=CAT_LIST, images=None):
+        super().__init__(img_name_list_path, voc12_root, transform, images)
+        unknown = dict.fromkeys(self.img_name_list, np.zeros(len(class_names), np.float32))
+        self.labels = load_labels(self.img_name_list, cls_labels, voc12_root, class_names) if cls_labels else unknown
 
     def __getitem__(self, idx):
         name, img = super().__getitem__(idx)
@@ -51,8 +61,8 @@ class VOC12ClsDatasetMSF(VOC12ClsDataset):
     its size. `inter_transform` turns the resized PIL image into CHW."""
 
     def __init__(self, img_name_list_path, voc12_root, scales, inter_transform, cls_labels='voc12/cls_labels.npy',
-                 class_names=CAT_LIST):
-        super().__init__(img_name_list_path, voc12_root, None, cls_labels, class_names)
+                 class_names=CAT_LIST, images=None):
+        super().__init__(img_name_list_path, voc12_root, None, cls_labels, class_names, images)
         self.scales = scales
         self.inter_transform = inter_transform
 

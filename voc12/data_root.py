@@ -10,7 +10,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from tool.cli import BadInput, make_dir
+from tool.cli import BadInput, check_file, make_dir
 from tool.files import atomic_write
 from voc12.lists import GT_FOLDER, LIST_FOLDER
 
@@ -27,6 +27,25 @@ def name_images(paths, source):
             raise BadInput(f'{source}: {names[name]} and {path} would both be the image {name}; rename one')
         names[name] = path
     return dict(sorted(names.items()))
+
+
+def find_images(paths):
+    """The images that the flag --images names: files, and folders with their sub-folders. Hidden files do not count.
+    Returns (dict NAME -> path, see `name_images`; the innermost folder with all of `paths` in it, or a single one).
+    Raises BadInput for a path that does not exist and for a folder without images."""
+    files = []
+    for path in paths:
+        if not os.path.isdir(path):
+            check_file(path, '--images')
+            files.append(os.path.normpath(path))
+            continue
+        found = [os.path.normpath(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names
+                 if name.lower().endswith(EXTENSIONS) and not name.startswith('.')]
+        if not found:
+            raise BadInput(f'{path} (--images) has no images; their names end in {", ".join(EXTENSIONS)}')
+        files += found
+    folders = [os.path.abspath(path if os.path.isdir(path) else os.path.dirname(path) or '.') for path in paths]
+    return name_images(set(files), '--images'), os.path.commonpath(folders)
 
 
 def check_out(out, marker):

@@ -266,12 +266,16 @@ def reference_cam(net, views, size, device):
     return total[CLASSES]
 
 
+def our_cam(net, views, size, device, amp):
+    maps, _ = infer_SEAM.run_views(net, views, device=device, amp=amp)
+    return infer_SEAM.multi_scale_cam(maps, views, CLASSES, size)
+
+
 def bench_cam(args):
     size = h, w = args.size or (375, 500)
     views = [normalized(round(h * scale), round(w * scale)) for scale in (0.5, 1, 1.5, 2)]
     nets = {'': seam_net(args), ', channels_last': seam_net(args, torch.channels_last)}
-    ways = {name + end: functools.partial(infer_SEAM.multi_scale_cam, nets[end], views, CLASSES, size,
-                                          device=args.device, amp=amp)
+    ways = {name + end: functools.partial(our_cam, nets[end], views, size, args.device, amp)
             for name, amp in (('float32', 'off'), ('bf16', 'bf16'))[:1 + args.on_gpu] for end in nets}
     compare('CAM', f'{h}x{w}, 4 scales, width {args.width}', lambda: reference_cam(nets[''], views, size, args.device),
             ways, args, slow=args.slow)
@@ -319,7 +323,7 @@ def reference_pairs(dataset, name, jitter):
     """The pair labels of VOC12AffDataset, from unpickled dicts and means over a view in blocks."""
     scores = [score for folder in dataset.label_dirs.values()
               for score in np.load(f'{folder}/{name}.npy', allow_pickle=True).item().values()]
-    img = jitter(Image.open(f'{dataset.voc12_root}/JPEGImages/{name}.jpg').convert('RGB'))
+    img = jitter(Image.open(dataset.paths[name]).convert('RGB'))
     both = imutils.RandomCrop(CROP)(np.concatenate([img, np.stack(scores, axis=-1)], axis=-1))
     both = np.concatenate([imutils.normalize(both[..., :3]), both[..., 3:]], axis=-1)
     blocks = imutils.RandomHorizontalFlip()(both)[..., 3:].reshape(CROP // STRIDE, STRIDE, CROP // STRIDE, STRIDE, -1)
