@@ -42,8 +42,8 @@ def cams(root, *more):
 
 
 def segments(root, *more):
-    return run(root, 'infer_seg', '--network', 'network.slim_deeplab', '--weights', 'seg.pth', '--scales', 1, '--flip', 0,
-               '--num_workers', 0, '--crf', 'off', *more)
+    return run(root, 'infer_seg', '--network', 'network.slim_deeplab', '--weights', 'seg.pth', '--scales', 1, '--flip',
+               0, '--num_workers', 0, '--crf', 'off', *more)
 
 
 def names_of(root):
@@ -219,8 +219,8 @@ def test_best_threshold_of_all_classes_together():
 
 @pytest.mark.parametrize('text, words', [
     ('1.5', ['1.5']), ('nan', ['nan']), ('nowhere.csv', ['nowhere.csv']), ('cat,0.5', ['dog']),
-    ('cat,0.5\ndog,0.5\nfox,0.5', ['fox']), ('cat,0.5\ndog,0.5\ndog,0.6', ['dog']), ('cat,0.5\ndog,high', ['dog', 'high']),
-    ('cat,0.5\ndog,2', ['dog', '2'])])
+    ('cat,0.5\ndog,0.5\nfox,0.5', ['fox']), ('cat,0.5\ndog,0.5\ndog,0.6', ['dog']),
+    ('cat,0.5\ndog,high', ['dog', 'high']), ('cat,0.5\ndog,2', ['dog', '2'])])
 def test_wrong_thresholds_are_refused(tmp_path, text, words):
     path = tmp_path / 'thresholds.csv'
     if ',' in text:
@@ -261,7 +261,8 @@ def test_tile_that_holds_the_image_changes_no_bit(data, tmp_path):
     name = names_of(data)[0]
     image = f'VOC2012/JPEGImages/{name}.jpg'
     done(segments(data, '--images', image, '--out_prob', tmp_path / 'whole'))
-    done(segments(data, '--images', image, '--out_prob', tmp_path / 'tile', '--tile', max(Image.open(data / image).size)))
+    largest = max(Image.open(data / image).size)
+    done(segments(data, '--images', image, '--out_prob', tmp_path / 'tile', '--tile', largest))
     done(segments(data, '--images', image, '--out_prob', tmp_path / 'small', '--tile', 32))
     whole, tile, small = (contents(tmp_path / folder, 'npy') for folder in ('whole', 'tile', 'small'))
     assert whole == tile != small and list(whole) == [name + '.npy']
