@@ -86,7 +86,7 @@ def multi_scale_cam(maps, views, classes, size):
     maps, views: see `run_views`. classes: foreground classes 0..C-1 to keep. size: (H, W) of the image.
     """
     total = np.zeros((len(classes), *size), np.float32)
-    for cam, view in zip(maps, views if classes else ()):
+    for cam, view in zip(maps, views) if classes else ():
         cam = cam[:, classes].float()                                              # (2, classes, h, w)
         cam = F.interpolate(cam, view.shape[1:], mode='bilinear', align_corners=True)
         cam = F.interpolate(cam, size, mode='bilinear', align_corners=False).cpu().numpy()
