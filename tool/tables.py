@@ -18,21 +18,19 @@ import json
 import os
 import re
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import HANG_UP, BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.commands import ROOT, run_child
 from tool.files import file_digest
 from tool.image_lists import load_img_name_list
 from tool.outputs import SETTINGS, read_settings
 from tool.text_files import read_csv, write_csv, write_text
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GT_FOLDER, AUG_GT_FOLDER = 'SegmentationClass', 'SegmentationClassAug'
 
 # train, infer: flags of train_SEAM.py and infer_SEAM.py. scored: the CAMs, their CRF at an alpha, the walk, or on
@@ -111,26 +109,6 @@ def list_rows(scales, alphas):
 
 
 # ----- the commands -----
-
-def run_child(command):
-    """Runs a command to its end; what it prints stays visible. SIGTERM and SIGHUP go on to it, so that a training saves
-    its checkpoint; one that is ignored, as with nohup, stays so. Raises BadInput where the command fails."""
-    print('+', shlex.join(command), flush=True)
-    child = subprocess.Popen(command)
-    before = {number: signal.signal(number, lambda number, _: child.send_signal(number))
-              for number in (signal.SIGTERM, *HANG_UP) if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:       # the child got it too, and saves its checkpoint
-        child.wait()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code:
-        advice = '; the same command with --resume goes on' if code != 2 else ''
-        raise BadInput(f'{os.path.basename(command[1])} ended with exit code {code}, see above{advice}')
-
 
 @functools.cache                    # what several rows need is made once
 def run(script, *flags):
