@@ -122,6 +122,7 @@ NOT_THERE = {
     'train_seg': '--label_dir . --train_list nowhere.txt',
     'infer_seg': '--out_seg seg --weights nowhere.pth',
     'evaluation': '--comment x --predict_dir . --gt_dir . --list nowhere.txt',
+    'tool/label_photos': '--images . --out out --labels nowhere.csv',
     'tool/report': 'table --logfile nowhere.log',
     'tool/tables': '--list nowhere.txt',
     'tool/visualization': '--voc12_root . --out x.png --list nowhere.txt',

@@ -22,16 +22,16 @@ from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_i
 from tool.commands import ROOT, run_child
 from tool.devices import get_device
 from tool.image_lists import load_img_name_list
-from tool.tables import GT_FOLDER, LITE0
+from tool.tables import GT_FOLDER, LITE0, pass_on
 from tool.text_files import read_csv, write_text
 from tool.thresholds import exponents_to_start_with
 from tool.workers import available_cores
 
 BATCH, STEPS, AFF_STEPS = 8, 130, 50        # images of a step; about how many steps SEAM and AffinityNet are trained
 MOST = 100              # highest exponent that the scripts take
-SHEET = '--t 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 --count 20 --seed 0'.split()
-# seconds on two free cores, tests/results/label_photos.csv: of a step of 8 in both trainings, of an image in the others
-SEAM_STEP, CAM, CRF, AFF_STEP, WALK = 2.0, 0.6, 1.2, 4.7, 0.5
+THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
+# seconds on two free cores, from tests/results/laptop.csv: of a step of 8 in both trainings, of an image in the others
+SEAM_STEP, CAM, CRF, AFF_STEP, WALK = 2.0, 1.3, 0.5, 4.7, 0.5
 
 
 def get_args_parser():
@@ -86,58 +86,7 @@ def training_length(steps, images, batch_size):
 
 # ----- the commands: lists of a script and its flags -----
 
-def data_commands(args, data, names):
-    """The commands that make and check the data root."""
-    given = {'--masks': args.masks, '--class_names': args.class_names}
-    words = [word for flag, value in given.items() if value for word in (flag, value)]
-    words += ['--label_columns', *args.label_columns] if args.label_columns else []
-    make = ['voc12/make_custom.py', '--images', args.images, '--labels', args.labels, '--out', data[1], *words,
-            '--val_share', 0]
-    return make, ['voc12/check.py', *data, '--list', names, '--cls_labels', f'{data[1]}/cls_labels.npy']
-
-
-def plan(args, data, names, on_gpu):
-    """The stages after the data root: list of (what it does, its seconds on two free cores, commands)."""
-    out, suffix, (low, high, walk) = args.out, suffix_of(args.t), choose_exponents(args.t)
-    images = len(load_img_name_list(names))
-    batch_size = min(BATCH, images)
-    length, steps = training_length(STEPS, images, batch_size)
-    aff_length, aff_steps = training_length(AFF_STEPS, images, batch_size)
-    small = () if not on_gpu else ('--resize_long', '--crop_size')      # a GPU has time for the sizes of the paper
-    scales = [] if on_gpu else ['--scales', *LITE0['scales'], *LITE0['infer']]
-    # workers: of a CPU the network needs the cores itself
-    run = [*data, '--num_workers', min(8, available_cores()) if on_gpu else 1]
-    run += ['--device', args.device] if args.device else []
-    labels = ['--cls_labels', f'{data[1]}/cls_labels.npy']
-    seam, aff = ['--network', LITE0['network']], ['--network', LITE0['network_aff']]
-    resume = ['--resume'] if args.resume else []
-
-    def session(name):          # a training that is not begun cannot be resumed
-        path = os.path.join(out, name)
-        return ['--session_name', path, *(resume if os.path.isfile(path + '_last.pth') else [])]
-
-    train = ['train_SEAM.py', *run, *labels, *seam, '--train_list', names,
-             *leave_out(LITE0['train'], '--max_epochs', *small), *length, '--tblog_dir', f'{out}/tblog',
-             *session('seam')]
-    cams = ['infer_SEAM.py', *run, *labels, *seam, '--infer_list', names, '--weights', f'{out}/seam.pth', *scales,
-            '--out_cam', f'{out}/cam', *resume]
-    sheet = ['tool/visualization.py', *data[:2], '--list', names, '--cam_dir', f'{out}/cam', *SHEET,
-             '--out', f'{out}/thresholds.png']
-    crfs = ['infer_SEAM.py', *run, '--infer_list', names, '--cam_dir', f'{out}/cam', '--out_crf', f'{out}/crf',
-            '--crf_alpha', low, high, '--crf_workers', available_cores(), *resume]
-    train_aff = ['train_aff.py', *run, *aff, '--train_list', names, '--la_crf_dir', f'{out}/crf_{low}',
-                 '--ha_crf_dir', f'{out}/crf_{high}', *leave_out(LITE0['train_aff'], '--max_epochs'), *aff_length,
-                 *session('aff' + suffix)]
-    infer_aff = ['infer_aff.py', *run, *aff, '--infer_list', names, '--weights', f'{out}/aff{suffix}.pth',
-                 '--cam_dir', f'{out}/cam', *leave_out(LITE0['walk'], '--alpha'), '--alpha', walk,
-                 '--out_rw', f'{out}/labels{suffix}', *resume]
-    picture = ['tool/visualization.py', *data[:2], '--list', names, '--cam_dir', f'{out}/cam', '--label_dir',
-               f'{out}/labels{suffix}', '--count', 20, '--seed', 0, '--out', f'{out}/labels{suffix}.png']
-    return [(f'training SEAM, {steps} steps of {batch_size} images', steps * SEAM_STEP, [train]),
-            (f'CAMs of {images} images', images * CAM, [cams, sheet]),
-            (f'CRFs of {images} images at the exponents {low} and {high}', images * CRF, [crfs]),
-            (f'training AffinityNet, {aff_steps} steps', aff_steps * AFF_STEP, [train_aff]),
-            (f'random walk of {images} images', images * WALK, [infer_aff, picture])]
+GIVEN = 'images', 'labels', 'class_names', 'label_columns', 'masks'         # flags of make_custom.py that this one has
 
 
 def suffix_of(threshold):
@@ -145,19 +94,72 @@ def suffix_of(threshold):
     return '' if threshold is None else f'_{threshold:g}'
 
 
-def coco_command(args, data):
+def data_commands(args, root, names):
+    """The commands that make and check the data root."""
+    return (['voc12/make_custom.py', *pass_on(args, *GIVEN), '--out', root, '--val_share', 0],
+            ['voc12/check.py', '--voc12_root', root, '--list', names, '--cls_labels', f'{root}/cls_labels.npy',
+             '--class_names', f'{root}/class_names.txt'])
+
+
+def plan(args, root, names, on_gpu):
+    """The stages from the data root to the labels: list of (what it does, its seconds on two free cores, commands)."""
+    out, suffix, (low, high, walk) = args.out, suffix_of(args.t), choose_exponents(args.t)
+    images = len(load_img_name_list(names))
+    batch_size = min(BATCH, images)
+    length, steps = training_length(STEPS, images, batch_size)
+    aff_length, aff_steps = training_length(AFF_STEPS, images, batch_size)
+    # a GPU has time for the sizes and scales of the paper, which are the defaults of the scripts
+    settings = leave_out(LITE0['train'], '--max_epochs', *(['--resize_long', '--crop_size'] if on_gpu else []))
+    views = [] if on_gpu else ['--scales', *LITE0['scales'], *LITE0['infer']]
+    # on a CPU the network needs the cores itself
+    data = ['--voc12_root', root, '--class_names', f'{root}/class_names.txt', *pass_on(args, 'device'),
+            '--num_workers', min(8, available_cores()) if on_gpu else 1]
+    seam = ['--network', LITE0['network'], '--cls_labels', f'{root}/cls_labels.npy']
+    aff = ['--network', LITE0['network_aff']]
+    resume = ['--resume'] if args.resume else []
+
+    def session(name):          # a training that is not begun cannot be resumed
+        path = f'{out}/{name}'
+        return ['--session_name', path, *(resume if os.path.isfile(path + '_last.pth') else [])]
+
+    def sheet(path, *flags):
+        return ['tool/visualization.py', '--voc12_root', root, '--list', names, '--count', 20, '--seed', 0,
+                '--cam_dir', f'{out}/cam', *flags, '--out', path]
+
+    train = ['train_SEAM.py', *data, *seam, '--train_list', names, *settings, *length, '--tblog_dir', f'{out}/tblog',
+             *session('seam')]
+    cams = ['infer_SEAM.py', *data, *seam, '--infer_list', names, '--weights', f'{out}/seam.pth', *views,
+            '--out_cam', f'{out}/cam', *resume]
+    crfs = ['infer_SEAM.py', *data, '--infer_list', names, '--cam_dir', f'{out}/cam', '--out_crf', f'{out}/crf',
+            '--crf_alpha', low, high, '--crf_workers', available_cores(), *resume]
+    train_aff = ['train_aff.py', *data, *aff, '--train_list', names, '--la_crf_dir', f'{out}/crf_{low}',
+                 '--ha_crf_dir', f'{out}/crf_{high}', *leave_out(LITE0['train_aff'], '--max_epochs'), *aff_length,
+                 *session('aff' + suffix)]
+    walks = ['infer_aff.py', *data, *aff, '--infer_list', names, '--weights', f'{out}/aff{suffix}.pth',
+             '--cam_dir', f'{out}/cam', *leave_out(LITE0['walk'], '--alpha'), '--alpha', walk,
+             '--out_rw', f'{out}/labels{suffix}', *resume]
+    return [(f'training SEAM for {steps} steps of {batch_size} images', steps * SEAM_STEP, [train]),
+            (f'CAMs of {images} images', images * CAM, [cams, sheet(f'{out}/thresholds.png', '--t', *THRESHOLDS)]),
+            (f'CRFs of {images} images', images * CRF, [crfs]),
+            (f'training AffinityNet for {aff_steps} steps', aff_steps * AFF_STEP, [train_aff]),
+            (f'random walk of {images} images', images * WALK,
+             [walks, sheet(f'{out}/labels{suffix}.png', '--label_dir', f'{out}/labels{suffix}')])]
+
+
+def coco_command(args, root):
     labels = f'{args.out}/labels{suffix_of(args.t)}'
-    return ['voc12/export_coco.py', '--label_dir', labels, *data, '--out', labels + '.json']
+    return ['voc12/export_coco.py', '--label_dir', labels, '--voc12_root', root, '--class_names',
+            f'{root}/class_names.txt', '--out', labels + '.json']
 
 
-def score_commands(args, data, names):
-    """{what is scored: command of evaluation.py} for the images that have a mask, whose list it writes."""
-    truth = os.path.join(data[1], GT_FOLDER)
-    with_mask = [name for name in load_img_name_list(names) if os.path.isfile(os.path.join(truth, name + '.png'))]
-    listed = os.path.join(args.out, 'with_masks.txt')
+def score_commands(args, root, names):
+    """dict folder in --out -> command that scores it on the images with a mask; writes their list."""
+    truth, listed = f'{root}/{GT_FOLDER}', f'{args.out}/with_masks.txt'
+    with_mask = [name for name in load_img_name_list(names) if os.path.isfile(f'{truth}/{name}.png')]
     write_text(listed, ''.join(f'{name}.jpg\n' for name in with_mask))
-    return {folder: ['evaluation.py', '--list', listed, '--gt_dir', truth, *data[2:], '--predict_dir',
-                     f'{args.out}/{folder}', '--type', *kind, '--logfile', f'{args.out}/evallog.txt', '--comment', folder]
+    return {folder: ['evaluation.py', '--list', listed, '--gt_dir', truth, '--class_names', f'{root}/class_names.txt',
+                     '--predict_dir', f'{args.out}/{folder}', '--type', *kind, '--logfile', f'{args.out}/evallog.txt',
+                     '--comment', folder]
             for folder, kind in (('cam', ['npy', '--curve', 'True']), (f'labels{suffix_of(args.t)}', ['png']))}
 
 
@@ -195,33 +197,29 @@ def run_stages(stages, resume, on_gpu):
     return minutes
 
 
-def report(args, stages, minutes, scores, coco):
-    """Text of report.md. minutes: of each stage. scores: dict what -> line of evaluation.py's _result.csv. coco: a line
-    on the COCO file."""
+def describe_results(args, stages, minutes, scores, coco):
+    """Text of report.md. stages: see `plan`. minutes: of each in this run. scores: dict folder -> line of its
+    _result.csv. coco: a line on the COCO file."""
     low, high, walk = choose_exponents(args.t)
     labels = f'{args.out}/labels{suffix_of(args.t)}'
-    again = ['tool/label_photos.py']
-    for name in ('images', 'labels', 'out', 'class_names', 'masks', 'device'):
-        value = getattr(args, name)
-        again += ['--' + name, value] if value else []
-    again += ['--label_columns', *args.label_columns] if args.label_columns else []
-    lines = [f'# Labels of {args.images}', '', f'- The labels are `{labels}/NAME.png`: 0 is background, 1 the first of '
-             f'`{args.out}/data/class_names.txt`. `{labels}.png` shows 20 of them.', f'- {coco}', '',
-             '| stage | minutes in this run |', '|---|---|',
-             *(f'| {title} | {spent:.1f} |' for (title, _, _), spent in zip(stages, minutes)),
-             f'| together | {sum(minutes):.1f} |', '']
-    for what, score in scores.items():
-        at = f' at the background threshold {score["background_score"]}, its best' if score['background_score'] else ''
-        lines.append(f'- `{what}`: mIoU {float(score["mIoU_present"]):.1f}% over the classes present{at}, on '
-                     f'{score["images"]} images with a mask')
-    threshold = 'the recipe' if args.t is None else f'--t {args.t:g}'
-    lines += ['' if not scores else '\n', '## The background threshold', '',
-              f'The exponents are those of {threshold}: {low} and {high} of the CRF, {walk} of the walk. If the objects '
-              f'of `{labels}.png` are too large or too small, choose a threshold on `{args.out}/thresholds.png` (in '
-              'voc12/README.md, "A threshold without masks") and give it to --t; a higher one labels less as object. '
-              'The training and the CAMs are kept:', '', '```', shell_line([*again, '--t', 'T', '--resume']), '```', '',
-              '## The commands', '', 'Run in the repository:', '', '```',
-              *(shell_line(command) for _, _, commands in stages for command in commands), '```', '']
+    again = ['tool/label_photos.py', *pass_on(args, *GIVEN, 'out', 'device'), '--t', 'T', '--resume']
+    lines = [f'# Labels of {args.images}', '',
+             f'- The labels are `{labels}/NAME.png`: 0 is the background, 1 the first class of '
+             f'`{args.out}/data/class_names.txt`. `{labels}.png` shows 20 of them.', f'- {coco}']
+    for folder, score in scores.items():
+        best = f', at their best threshold {score["background_score"]}' if score['background_score'] else ''
+        lines.append(f'- `{folder}` has {float(score["mIoU_present"]):.1f} mIoU over the classes present{best}, on '
+                     f'{score["images"]} images with a mask.')
+    lines += ['', '| stage | minutes in this run |', '|---|---|',
+              *(f'| {title} | {spent:.1f} |' for (title, *_), spent in zip(stages, minutes)),
+              f'| together | {sum(minutes):.1f} |', '', '## The background threshold', '',
+              f'The CRF had the exponents {low} and {high}, the walk {walk}: those '
+              + ('of the recipe, which suit a threshold of about 0.5.' if args.t is None else f'of --t {args.t:g}.')
+              + f' If the objects are too large or too small in `{labels}.png`, choose a threshold on '
+              f'`{args.out}/thresholds.png`, as voc12/README.md says under "A threshold without masks". A higher one '
+              'labels less as object. This keeps the training and the CAMs:', '', '```', shell_line(again), '```', '',
+              '## The commands', '', 'To be run in the repository, as they are or changed:', '', '```',
+              *(shell_line(command) for *_, commands in stages for command in commands), '```', '']
     return '\n'.join(lines)
 
 
@@ -229,32 +227,31 @@ def main(args):
     check_range(args, 0.1, 0.9, 't')
     check_dir(args.images, '--images')
     check_file(args.labels, '--labels')
-    root = os.path.join(args.out, 'data')
+    root = f'{args.out}/data'
     if os.path.isdir(args.out) and os.listdir(args.out) and not os.path.isdir(root):
         raise BadInput(f'{args.out} (--out) was not made by this command; name a new or empty folder')
     on_gpu = get_device(args.device).type == 'cuda'
     make_dir(args.out, '--out')
-    data = ['--voc12_root', root, '--class_names', os.path.join(root, 'class_names.txt')]
-    names = os.path.join(root, 'ImageSets', 'Segmentation', 'train.txt')
-    make, check = data_commands(args, data, names)
+    names = f'{root}/ImageSets/Segmentation/train.txt'
+    make, check = data_commands(args, root, names)
     run(make)
-    run(check, 'mend what its lines with PROBLEM name, then run the same command again')
+    run(check, 'mend what its lines with PROBLEM name, and run the same command again')
 
-    stages = plan(args, data, names, on_gpu)
+    stages = plan(args, root, names, on_gpu)
     minutes = run_stages(stages, args.resume, on_gpu)
-    coco = coco_command(args, data)
+    coco = coco_command(args, root)
     if importlib.util.find_spec('pycocotools'):
         run(coco)
-        coco_line = f'The same labels in the format of COCO: `{coco[-1]}`.'
+        coco_line = f'`{coco[-1]}` has the same labels in the format of COCO.'
     else:
-        coco_line = f'For a file in the format of COCO: `pip install pycocotools`, then `{shell_line(coco)}`.'
+        coco_line = f'For the format of COCO: `pip install pycocotools`, then `{shell_line(coco)}`.'
     scores = {}
     if args.masks:
-        for folder, command in score_commands(args, data, names).items():
+        for folder, command in score_commands(args, root, names).items():
             run(command)
             scores[folder] = read_csv(f'{args.out}/{folder}_result.csv')[0]
-    text = report(args, stages, minutes, scores, coco_line)
-    write_text(os.path.join(args.out, f'report{suffix_of(args.t)}.md'), text)
+    text = describe_results(args, stages, minutes, scores, coco_line)
+    write_text(f'{args.out}/report{suffix_of(args.t)}.md', text)
     print('\n' + text, end='')
 
 
