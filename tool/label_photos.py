@@ -30,8 +30,8 @@ from tool.workers import available_cores
 BATCH, STEPS, AFF_STEPS = 8, 130, 50        # images of a step; about how many steps SEAM and AffinityNet are trained
 MOST = 100              # highest exponent that the scripts take
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
-# seconds on two free cores, from tests/results/laptop.csv: of a step of 8 in both trainings, of an image in the others
-SEAM_STEP, CAM, CRF, AFF_STEP, WALK = 2.0, 1.3, 0.5, 4.7, 0.5
+# seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv
+SEAM, CAM, CRF, AFF, WALK = 0.25, 1.3, 0.5, 0.6, 0.5
 
 
 def get_args_parser():
@@ -138,10 +138,10 @@ def plan(args, root, names, on_gpu):
     walks = ['infer_aff.py', *data, *aff, '--infer_list', names, '--weights', f'{out}/aff{suffix}.pth',
              '--cam_dir', f'{out}/cam', *leave_out(LITE0['walk'], '--alpha'), '--alpha', walk,
              '--out_rw', f'{out}/labels{suffix}', *resume]
-    return [(f'training SEAM for {steps} steps of {batch_size} images', steps * SEAM_STEP, [train]),
+    return [(f'training SEAM for {steps} steps of {batch_size} images', steps * batch_size * SEAM, [train]),
             (f'CAMs of {images} images', images * CAM, [cams, sheet(f'{out}/thresholds.png', '--t', *THRESHOLDS)]),
             (f'CRFs of {images} images', images * CRF, [crfs]),
-            (f'training AffinityNet for {aff_steps} steps', aff_steps * AFF_STEP, [train_aff]),
+            (f'training AffinityNet for {aff_steps} steps', aff_steps * batch_size * AFF, [train_aff]),
             (f'random walk of {images} images', images * WALK,
              [walks, sheet(f'{out}/labels{suffix}.png', '--label_dir', f'{out}/labels{suffix}')])]
 
