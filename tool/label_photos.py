@@ -27,7 +27,8 @@ from tool.text_files import read_csv, write_text
 from tool.thresholds import exponents_to_start_with
 from tool.workers import available_cores
 
-BATCH, STEPS, AFF_STEPS = 8, 130, 50        # images of a step; about how many steps SEAM and AffinityNet are trained
+BATCH, STEPS = 8, 130           # images of a step; about how many steps SEAM is trained
+AFF_STEPS = 130                 # of AffinityNet; that fewer are enough is not shown: tests/results/affinity_steps.csv
 MOST = 100              # highest exponent that the scripts take
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
 # seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv
