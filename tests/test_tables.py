@@ -3,6 +3,7 @@ import csv
 import importlib
 import os
 import shutil
+import signal
 import sys
 
 import numpy as np
