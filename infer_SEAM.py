@@ -112,7 +112,10 @@ def normalize_cam(cam):
 
 def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cpu'):
     """For each alpha, the CRF scores {0: background, class + 1: ...} of a CAM dict {class: (H, W)}; orig_img uint8
-    (H, W, 3). The background score is (1 - the largest map)^alpha: the higher alpha, the less background."""
+    (H, W, 3). The background score is (1 - the largest map)^alpha: the higher alpha, the less background. Without any
+    class, the background is 1."""
+    if not cam_dict:
+        return [{0: np.ones(orig_img.shape[:2], np.float32)} for _ in alphas]
     maps = np.stack(list(cam_dict.values()))
     with np.errstate(over='ignore'):    # a nearly flat map can be far below 0; the CRF clips the score to 1
         backgrounds = [np.power(1 - maps.max(axis=0, keepdims=True), alpha) for alpha in alphas]
@@ -123,19 +126,19 @@ def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cp
 
 def write_crf(name, cam_dict, alphas, orig_img, folders, dtype, backend, device):
     """Writes the CRF scores of the image `name`, a file for each alpha into its ResultFolder; the job of a worker
-    process. Returns for each alpha the share of pixels that are background."""
+    process. Returns for each alpha the share of pixels that are background, None for an image without any class."""
     shares = []
     for folder, scores in zip(folders, crf_with_alphas(cam_dict, alphas, orig_img, backend, device)):
         with folder.writing(name) as path:
             score_files.save_scores(path, scores, dtype)
-        shares.append((score_files.strongest_label(scores) == 0).mean())
+        shares.append((score_files.strongest_label(scores) == 0).mean() if cam_dict else None)
     return shares
 
 
-def label_map(cam_dict, background_score):
-    """uint8 (H, W) of 0 and class + 1: the largest of a constant background score and the maps; ties go to the
-    background, then to the lower class."""
-    background = np.full_like(next(iter(cam_dict.values())), background_score)
+def label_map(cam_dict, background_score, size):
+    """uint8 (H, W) = size of 0 and class + 1: the largest of a constant background score and the maps; ties go to the
+    background, then to the lower class. 0 where cam_dict is empty."""
+    background = np.full(size, background_score, np.result_type(np.float32, *cam_dict.values()))
     labels = score_files.strongest_label({0: background, **{key + 1: cam for key, cam in cam_dict.items()}})
     return labels.astype(np.uint8)
 
@@ -226,9 +229,10 @@ def scores_of_pictures(args):
 
 def save_picture(path, orig_img, cam_dict, class_names, background_scores):
     """Writes the image, its maps and their labels at each of the background scores side by side."""
+    labels = [label_map(cam_dict, score, orig_img.shape[:2]) for score in background_scores]
     visualization.save_picture(
         path, [orig_img, *(visualization.cam_on_image(orig_img, cam) for cam in cam_dict.values()),
-               *(visualization.labels_on_image(orig_img, label_map(cam_dict, score)) for score in background_scores)],
+               *(visualization.labels_on_image(orig_img, at_score) for at_score in labels)],
         ['image', *(class_names[key] for key in cam_dict), *(f'at {score:.2f}' for score in background_scores)])
 
 
@@ -311,7 +315,7 @@ def main(args):
                         score_files.save_scores(path, cam_dict, args.cam_dtype)
                 if label_folder:
                     with label_folder.writing(name) as path:
-                        image_files.save_label_map(path, label_map(cam_dict, args.out_cam_pred_alpha))
+                        image_files.save_label_map(path, label_map(cam_dict, args.out_cam_pred_alpha, size))
                 if name in pictured:
                     with no_more_than_a_warning(f'no picture of {name}'):
                         save_picture(os.path.join(args.vis_dir, name + '.jpg'), orig_img, cam_dict, class_names,

@@ -93,14 +93,14 @@ def write_results(name, scores, present, img, ignored, num_classes, label_folder
 
     scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
     image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case. Returns the share of pixels that
-    are background.
+    are background, None where that is the only label.
     """
-    if use_crf:
+    if use_crf and len(present) > 1:
         scores = refine_walk(scores, present, img, num_classes, backend, device)
     h, w = ignored.shape
     scores = scores[:, :h, :w]
     labels = np.array(present)[scores.argmax(axis=0)]
-    share = (labels == 0).mean()
+    share = (labels == 0).mean() if len(present) > 1 else None
     unsure = scores.max(axis=0) < ignore_below * np.maximum(scores, 0).sum(axis=0)
     labels[ignored | unsure] = image_files.IGNORE
     with label_folder.writing(name) as path:
@@ -159,7 +159,10 @@ def check_args(args):
 
 def walk_image(net, img, cam_dict, alpha, beta, logt, device='cpu', amp='off'):
     """The random walk of one image. img: normalised (3, H, W), sides multiples of STRIDE; cam_dict: its CAMs, up to
-    STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first."""
+    STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first; without any class,
+    that is 1 and the network does not run."""
+    if not cam_dict:
+        return np.ones((1, *img.shape[1:]), np.float32)
     img = img.to(device)
     scores = F.avg_pool2d(torch.from_numpy(walk_seeds(cam_dict, alpha, img.shape[1:])).to(device), STRIDE)
     with autocast(img.device, amp):

@@ -14,7 +14,7 @@ from network.seam import class_scores, pseudo_label
 from network.weights import load_weights
 from tool import imutils, visualization
 from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
-from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel
+from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.metrics import ClassificationMeter
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, list_batches,
@@ -24,7 +24,7 @@ from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_trai
 from tool.validation import HeldOut, Validation, check_validation_args, measure_cams
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
-from voc12.lists import GT_FOLDER, absent_classes, join_first, load_class_names
+from voc12.lists import GT_FOLDER, absent_classes, common_classes, describe_negatives, join_first, load_class_names
 
 # ----- the objective -----
 
@@ -42,12 +42,13 @@ def classification_loss(cam, label):
     return F.multilabel_soft_margin_loss(class_scores(cam[:, 1:]), label)
 
 
-def adaptive_min_pooling_loss(cam):
-    """Mean over the weakest quarter of the pixels of their strongest class (N, C, H, W): an image has background."""
+def adaptive_min_pooling_loss(cam, weight):
+    """Mean over the weakest quarter of the pixels of their strongest class (N, C, H, W): an image has background.
+    weight: (N,) of the images, 1 on average."""
     n, _, h, w = cam.shape
     k = h * w // 4
     strongest = cam.amax(dim=1).flatten(1)                                   # (N, HW)
-    return F.relu(strongest.topk(k, dim=1, largest=False).values).sum() / (k * n)
+    return (F.relu(strongest.topk(k, dim=1, largest=False).values) * weight[:, None]).sum() / (k * n)
 
 
 def second_view(x, scale_factor=0.3, mirror=False, theta=None):
@@ -75,29 +76,39 @@ def draw_theta(n, h, w, max_rotation, max_translation):
                         torch.stack([sin / aspect, cos, shift[:, 1]], dim=1)], dim=1)
 
 
-def hard_example_mean(difference, topk_ratio, inside=None):
+def hard_example_mean(difference, topk_ratio, inside=None, weight=1):
     """Mean of the largest share `topk_ratio` of the values of each image of (N, K, h, w), then over the images.
-    inside: bool (N, 1, h, w), the pixels that count; None for all."""
+    inside: bool (N, 1, h, w), the pixels that count; None for all. weight: (N,) of the images, 1 on average."""
     if inside is None:
         values = difference.flatten(1)                                      # (N, Khw)
     else:
         values = [image[mask.expand_as(image)] for image, mask in zip(difference, inside)]
     if topk_ratio < 1:
         values = [image.topk(int(len(image) * topk_ratio)).values for image in values]
-    return torch.stack([image.mean() for image in values]).mean()
+    return (torch.stack([image.mean() for image in values]) * weight).mean()
 
 
-def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None, topk_ratio=0.2,
+def count_positives(label):
+    """How many images have a class, float32 (): the others are negatives. label: (N, C) multi-hot."""
+    return label.amax(dim=1).sum()
+
+
+def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None, positives=None, topk_ratio=0.2,
               er_weight=1., ecr_weight=1., rvmin_weight=1.):
     """The SEAM objective (paper eq. 8-12; published implementation where they differ). Writes into no argument.
 
     cam1, cam_rv1: raw network outputs (N, 1+C, H, W) of the images. cam2, cam_rv2: of the second view of the images,
     (N, 1+C, h, w). label: (N, C) multi-hot. view: the function that made the second view, `second_view` with its
     arguments bound. inside: bool (N, 1, h, w), the pixels of it that ER and ECR count; None for all.
+    Images without a class count in the classification loss alone: the other terms are means over those that have one.
+    positives: where these are one of n parts of a batch, `count_positives` of the batch / n: the mean over the parts
+    is then the loss of the batch, whichever part the negatives are in.
     Returns a dict of scalars: loss_cls1, loss_cls2, loss_rvmin1, loss_rvmin2, loss_er, loss_ecr1, loss_ecr2,
     and loss_cls (both means of pairs summed), loss_ecr (sum), loss (sum of loss_cls, loss_er, loss_ecr). The
     weights act in the sums: a weight of 0 takes a term out, and the term itself stays readable.
     """
+    positives = count_positives(label) if positives is None else positives
+    weight = label.amax(dim=1) * len(label) / positives.clamp(min=1e-5)     # (N,), of the images; 1 without negatives
     label21 = F.pad(label, (1, 0), value=1.)[:, :, None, None]              # (N, 1+C, 1, 1), background present
     # the maps that are compared, (N, 1+C, h, w): normalised, in the second view, absent classes 0
     norm1, norm_rv1 = view(max_norm(cam1)) * label21, view(max_norm(cam_rv1)) * label21
@@ -105,13 +116,13 @@ def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None
     terms = {
         'loss_cls1': classification_loss(cam1, label),
         'loss_cls2': classification_loss(cam2, label),
-        'loss_rvmin1': adaptive_min_pooling_loss((cam_rv1 * label21)[:, 1:]),
-        'loss_rvmin2': adaptive_min_pooling_loss((cam_rv2 * label21)[:, 1:]),
+        'loss_rvmin1': adaptive_min_pooling_loss((cam_rv1 * label21)[:, 1:], weight),
+        'loss_rvmin2': adaptive_min_pooling_loss((cam_rv2 * label21)[:, 1:], weight),
         # over all classes: absent ones count in the mean with 0
-        'loss_er': hard_example_mean((norm1[:, 1:] - norm2[:, 1:]).abs(), 1, inside),
+        'loss_er': hard_example_mean((norm1[:, 1:] - norm2[:, 1:]).abs(), 1, inside, weight),
         # crossed: each refined map learns from the other view
-        'loss_ecr1': hard_example_mean((pseudo_label(norm2) - norm_rv1).abs(), topk_ratio, inside),
-        'loss_ecr2': hard_example_mean((pseudo_label(norm1) - norm_rv2).abs(), topk_ratio, inside),
+        'loss_ecr1': hard_example_mean((pseudo_label(norm2) - norm_rv1).abs(), topk_ratio, inside, weight),
+        'loss_ecr2': hard_example_mean((pseudo_label(norm1) - norm_rv2).abs(), topk_ratio, inside, weight),
     }
     terms['loss_cls'] = (terms['loss_cls1'] + terms['loss_cls2']
                          + rvmin_weight * (terms['loss_rvmin1'] + terms['loss_rvmin2'])) / 2
@@ -169,9 +180,10 @@ def draw_view(img, transform=('rescale',), scale_factor=0.3, max_rotation=20., m
     return view, inside
 
 
-def forward_losses(model, img, label, draw=draw_view, objective=seam_loss, amp='off'):
+def forward_losses(model, img, label, draw=draw_view, objective=seam_loss, amp='off', positives=None):
     """One or two views of images (N, 3, H, W) through the network. Returns (terms, cam (N, 1+C, H, W), cam_rv).
-    draw, objective: `draw_view` and `seam_loss`, their settings bound. draw=None: one view, classification alone."""
+    draw, objective: `draw_view` and `seam_loss`, their settings bound. draw=None: one view, classification alone.
+    positives: see `seam_loss`."""
     def forward(img):
         with autocast(img.device, amp):
             return [cam.float() for cam in model(img)]
@@ -181,7 +193,7 @@ def forward_losses(model, img, label, draw=draw_view, objective=seam_loss, amp='
         return {'loss': classification_loss(cam1, label)}, cam1, cam_rv1
     view, inside = draw(img)
     cam2, cam_rv2 = forward(view(img))
-    return objective(cam1, cam_rv1, cam2, cam_rv2, label, view, inside), cam1, cam_rv1
+    return objective(cam1, cam_rv1, cam2, cam_rv2, label, view, inside, positives), cam1, cam_rv1
 
 
 def scores_and_maps(net, img):
@@ -277,8 +289,9 @@ def check_args(args):
 
 
 def warn_of_poor_training(log, means, chance):
-    """Logs what the means of the last steps say is going wrong. chance: the mAP of guessing, percent."""
-    if means['mAP'] < chance + (100 - chance) / 4:
+    """Logs what the means of the last steps say is going wrong. chance: the mAP of guessing, percent; None, as the mAP,
+    where all images of these steps were negatives."""
+    if chance is not None and means['mAP'] < chance + (100 - chance) / 4:
         log.warn_once('mAP', f'the mean average precision on the training crops is {means["mAP"]:.1f} (chance: '
                              f'{chance:.1f}): the classifier knows too little for its CAMs to mean anything; more '
                              'steps help, pretrained --weights, and fitting the classifier first (--fit_classifier)')
@@ -290,7 +303,7 @@ def warn_of_poor_training(log, means, chance):
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
-    rank, _ = get_rank()
+    rank, ranks = get_rank()
     device = set_up(args.seed, args.device, args.tf32, args.amp, args.deterministic, args.train_bn)
 
     # ----- data -----
@@ -306,6 +319,10 @@ def main(args):
                                   torch.from_numpy]))
     check_batch_size(len(dataset), args.batch_size, args.train_list)
     max_step = len(dataset) // args.batch_size * args.max_epoches
+    absent, common = (find(dataset.labels, class_names) for find in (absent_classes, common_classes))
+    if len(absent) == len(class_names):
+        raise BadInput(f'no image of {args.train_list} (--train_list) shows any of the {len(class_names)} classes, by '
+                       f'the labels of {args.cls_labels} (--cls_labels)')
     held_out = None
     if args.val_every:
         whole_images = transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW])
@@ -339,10 +356,14 @@ def main(args):
     log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
         *describe_run(vars(args), device),
         f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'], args.keep_best)
-    absent = absent_classes(dataset.labels, class_names)
     if absent and args.class_names:
         log(f'warning: {len(absent)} of the {len(class_names)} classes of {args.class_names} (--class_names) cannot be '
             f'learned, for no image of {args.train_list} (--train_list) has them: {join_first(absent, 20)}')
+    if common:
+        log(f'warning: every image of {args.train_list} (--train_list) shows {join_first(common, 20)}, so there is '
+            'nothing to tell it from: add images without it; a label of zeros means none of the classes')
+    if any(not label.any() for label in dataset.labels.values()):
+        log(describe_negatives(dataset.labels, class_names))
     make_loader = functools.partial(
         DataLoader, SeededDataset(dataset, args.seed), collate_fn=collate, num_workers=args.num_workers,
         pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
@@ -370,9 +391,10 @@ def main(args):
                             checkpoint, log, writer, args.keep_best) if held_out else None
 
     for step, names, img, label in training_steps(loader, meter, log, checkpoint, validation):
+        positives = sum_over_ranks(count_positives(label)) / (args.accum * ranks)
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
-            terms, cam, cam_rv = forward_losses(model, img_part, label_part, draw, objective, args.amp)
+            terms, cam, cam_rv = forward_losses(model, img_part, label_part, draw, objective, args.amp, positives)
             scaler.scale(terms['loss'] / args.accum).backward()
             meter.add({name: term.detach() for name, term in terms.items()}, step, names)
             quality.add(class_scores(cam.detach()[:, 1:]), label_part)

@@ -329,16 +329,6 @@ def test_label_file_without_a_listed_name(voc):
     refused(train(voc, '--cls_labels', 'labels.npy'), names[0], 'labels.npy', '--cls_labels')
 
 
-@pytest.mark.parametrize('script', ['train', 'infer'])
-def test_image_without_labels(voc, pipeline, script):
-    names = names_of(voc)
-    set_list(voc, names)
-    np.save(voc / 'labels.npy', {name: np.eye(20, dtype=np.float32)[0] * (name != names[1]) for name in names})
-    flags = '--cls_labels', 'labels.npy'
-    result = train(voc, *flags) if script == 'train' else infer(voc, pipeline, *flags)
-    refused(result, names[1], 'no class', 'labels.npy')
-
-
 def test_seam_weights_in_the_affinity_network(voc, pipeline):
     set_list(voc, names_of(voc)[:1])
     refused(walk(voc, pipeline, '--weights', pipeline[0] / 'runs/seam.pth'),

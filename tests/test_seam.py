@@ -96,6 +96,32 @@ def test_loss_writes_into_no_argument(step):
     assert all(torch.equal(a, b) for a, b in zip(copies, step['outputs']))
 
 
+def plain_min_pooling(cam, _):
+    strongest = cam.amax(dim=1).flatten(1)
+    k = strongest.shape[1] // 4
+    return F.relu(strongest.topk(k, dim=1, largest=False).values).sum() / (k * len(cam))
+
+
+def plain_hard_example_mean(difference, topk_ratio, inside, _):
+    values = difference.flatten(1)
+    if topk_ratio < 1:
+        values = [image.topk(int(len(image) * topk_ratio)).values for image in values]
+    return torch.stack([image.mean() for image in values]).mean()
+
+
+def test_without_negatives_the_terms_and_gradients_are_the_plain_means_to_the_bit(step, monkeypatch):
+    def run():
+        outputs = [x.clone().requires_grad_() for x in step['outputs']]
+        terms = train_SEAM.seam_loss(*outputs, step['label'])
+        terms['loss'].backward()
+        return [*terms.values(), *(x.grad for x in outputs)]
+
+    ours = run()
+    monkeypatch.setattr(train_SEAM, 'adaptive_min_pooling_loss', plain_min_pooling)
+    monkeypatch.setattr(train_SEAM, 'hard_example_mean', plain_hard_example_mean)
+    assert all(torch.equal(a, b) for a, b in zip(ours, run()))
+
+
 def test_the_same_82_parameters_get_no_gradient(step):
     names = dict(step['net'].named_parameters())
     assert set(names) - set(step['grads']) == set(step['g']['nograd_names']) and len(step['g']['nograd_names']) == 82
@@ -141,9 +167,9 @@ def test_unit_functions():
     g = golden('g02_seam_losses')
     close(train_SEAM.max_norm(torch.from_numpy(g['unit_in'])), g['unit_max_norm'], 1e-6)
     close(visualization.normalize_for_picture(g['unit_in']), g['unit_max_norm_numpy'], 1e-6)
-    onehot = pseudo_label(torch.from_numpy(g['unit_onehot_in']))
+    onehot, minpool_in = pseudo_label(torch.from_numpy(g['unit_onehot_in'])), torch.from_numpy(g['unit_minpool_in'])
     close(onehot[:, 1:], g['unit_onehot_out'][:, 1:], 0)        # the background is made anew
-    assert train_SEAM.adaptive_min_pooling_loss(torch.from_numpy(g['unit_minpool_in'])).item() == \
+    assert train_SEAM.adaptive_min_pooling_loss(minpool_in, torch.ones(len(minpool_in))).item() == \
         pytest.approx(g['unit_minpool_out'], rel=1e-6)
 
 
@@ -214,8 +240,9 @@ def test_saved_cams(inferred, name):
 @pytest.mark.parametrize('name', NAMES)
 def test_cam_label_map(inferred, name):
     g = golden('g04_infer_cam')
-    labels = infer_SEAM.label_map(inferred[name][2], float(g['out_cam_pred_alpha']))
-    assert labels.dtype == np.uint8 and (labels != g[name + ':cam_pred_png']).sum() == 0
+    expected = g[name + ':cam_pred_png']
+    labels = infer_SEAM.label_map(inferred[name][2], float(g['out_cam_pred_alpha']), expected.shape)
+    assert labels.dtype == np.uint8 and (labels != expected).sum() == 0
 
 
 @pytest.mark.parametrize('alpha', [4, 24])

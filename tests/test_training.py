@@ -19,9 +19,11 @@ from conftest import ROOT
 from network import slim_SEAM, slim_aff
 from test_scripts import done, refused, run
 from tool import cli, metrics, pyutils, torchutils, training, visualization
+from voc12.lists import load_labels
 
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 VALIDATE = {'train_SEAM': ('--val_every', 1, '--val_list', 'VOC2012/ImageSets/Segmentation/val.txt'), 'train_aff': ()}
+NEGATIVES = {'train_SEAM': ('--cls_labels', 'negatives.npy'), 'train_aff': ()}
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +44,9 @@ def data(tmp_path_factory):
             w, h = Image.open(root / f'VOC2012/JPEGImages/{name}.jpg').size
             scores = np.float32(rng.random((3, h // 16 + 1, w // 16 + 1)) ** 4).repeat(16, 1).repeat(16, 2)[:, :h, :w]
             np.save(root / folder / f'{name}.npy', dict(enumerate(scores / scores.sum(axis=0))))
+    names, held_out = ((root / path).read_text().split() for path in (LIST, LIST.replace('train', 'val')))
+    labels = load_labels(names + held_out, 'none.npy', str(root / 'VOC2012'))
+    np.save(root / 'negatives.npy', {name: label * (name not in names[::2]) for name, label in labels.items()})
     (root / 'four.txt').write_text('\n'.join((root / LIST).read_text().split()[:4]))
     return root
 
@@ -361,11 +366,11 @@ def test_full_disk_keeps_the_weights_before(tmp_path, small_files):
 @pytest.fixture(scope='module')
 def still(data):
     """The weights of runs without dropout, which draws other masks for parts of a batch and for ranks. The random
-    networks amplify rounding: small steps."""
+    networks amplify rounding: small steps. Half of SEAM's images are negatives, which may fill a part or a rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
         for script in ('train_SEAM', 'train_aff'):
-            done(run(data, script, *flags(script, f'still_{script}', '--lr', 1e-3)))
+            done(run(data, script, *flags(script, f'still_{script}', '--lr', 1e-3, *NEGATIVES[script])))
     return {script: (weights(data / f'still_{script}.pth'), weights(data / f'{start}_start.pth'))
             for script, start in (('train_SEAM', 'seam'), ('train_aff', 'aff'))}
 
@@ -373,7 +378,7 @@ def still(data):
 @pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
 def test_parts_of_a_batch_add_up_to_the_batch(data, still, script, monkeypatch):
     monkeypatch.setattr(torch.nn.Dropout2d, 'forward', lambda self, x: x)
-    done(run(data, script, *flags(script, 'parts', '--accum', 4, '--lr', 1e-3)))
+    done(run(data, script, *flags(script, 'parts', '--accum', 4, '--lr', 1e-3, *NEGATIVES[script])))
     whole, start = still[script]
     assert distance(whole, weights(data / 'parts.pth'), start) < 1e-3       # a wrong factor makes this 0.1 and more
 
@@ -390,7 +395,7 @@ def test_two_ranks_equal_one(data, still, script, tmp_path):
     result = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'still.py',
          os.path.join(ROOT, script + '.py'),
-         *map(str, flags(script, 'ranks', '--lr', 1e-3, '--log_every', 5, *VALIDATE[script]))],
+         *map(str, flags(script, 'ranks', '--lr', 1e-3, '--log_every', 5, *NEGATIVES[script], *VALIDATE[script]))],
         cwd=data, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count('Iter:    0/    6') == result.stdout.count('Iter:    5/    6') == 1   # of rank 0 alone

@@ -315,7 +315,7 @@ def test_missing_mask_names_image_and_places(devkit, tmp_path):
 def test_image_without_class_is_kept_and_told(devkit, tmp_path, capsys):
     write(devkit / 'Annotations' / f'{VAL[1]}.xml', '<annotation/>')
     assert not run_labels(devkit, tmp_path / 'labels.npy')[VAL[1]].any()
-    assert f'warning: --val_list: 1 images without any class, which training refuses: {VAL[1]}' \
+    assert f'warning: --val_list: 1 images without any class, which training takes for negatives: {VAL[1]}' \
         in capsys.readouterr().out
 
 
@@ -484,21 +484,19 @@ def test_name_without_a_label_is_told_with_one_that_the_file_has(tmp_path):
 
 
 @pytest.mark.parametrize('form', ['xml', 'npy'])
-def test_labels_of_zeros_are_counted_where_they_are_allowed_and_else_refused(form, devkit, tmp_path, capsys):
+def test_labels_of_zeros_are_counted_and_missing_ones_refused(form, devkit, tmp_path, capsys):
     cls_labels = str(tmp_path / 'labels.npy')
     write(devkit / 'Annotations' / f'{VAL[1]}.xml', '<annotation/>')
     if form == 'npy':
         run_labels(devkit, cls_labels)
     capsys.readouterr()
-    labels = load_labels(VAL, cls_labels, str(devkit), negatives=True)
+    labels = load_labels(VAL, cls_labels, str(devkit))
     np.testing.assert_array_equal(labels[VAL[1]], np.zeros(20, np.float32), strict=True)
     assert f'1 of 2 images show none of the classes: {VAL[1]}\n' in capsys.readouterr().out
-    load_labels(TRAIN_AUG, cls_labels, str(devkit), negatives=True)
+    load_labels(TRAIN_AUG, cls_labels, str(devkit))
     assert 'none of the classes' not in capsys.readouterr().out
-    with pytest.raises(BadInput, match=f'{VAL[1]} has no class'):
-        load_labels(VAL, cls_labels, str(devkit))
     with pytest.raises(BadInput, match='gone'):             # a missing label is no label of zeros
-        load_labels(['gone'], cls_labels, str(devkit), negatives=True)
+        load_labels(['gone'], cls_labels, str(devkit))
 
 
 def test_missing_annotation_is_told_with_the_label_file_that_is_not_there(tmp_path):

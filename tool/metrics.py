@@ -101,8 +101,10 @@ class ClassificationMeter:
         self._batches.append((scores, labels))
 
     def pop(self):
-        """Returns (mAP, the mAP of chance), in percent, and starts over."""
+        """Returns (mAP, the mAP of chance), in percent, None where no image has a class, and starts over."""
         scores, labels = (np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*self._batches))
         self._batches = []
         share = labels.mean(axis=0)
+        if not share.any():
+            return None, None
         return np.nanmean(average_precision(scores, labels)).item(), share[share > 0].mean().item() * 100

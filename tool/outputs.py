@@ -133,7 +133,9 @@ def open_folders(folders, names, resume, inputs=()):
 
 def warn_of_background(shares, folder, flag):
     """Warns where the labels of a run have hardly any background, or hardly anything else: then the exponent `flag`
-    does not suit the CAMs. shares: of each image, the share of its pixels that are background."""
+    does not suit the CAMs. shares: of each image, the share of its pixels that are background; None for an image
+    without any class, which does not count."""
+    shares = [share for share in shares if share is not None]
     share = sum(shares) / max(len(shares), 1)
     if shares and not 0.05 < share < 0.97:
         change = 'lower' if share < 0.5 else 'higher'

@@ -15,11 +15,12 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 
 from tool import image_files, score_files
 from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
-from tool.image_lists import read_lines
+from tool.image_lists import get_img_path, read_lines
 
 
 def write_trivial(args):
-    """For each CAM dict, two label maps: all background, and the image's first class everywhere."""
+    """For each CAM dict, two label maps: all background, and the image's first class everywhere, the background where
+    it has none."""
     check_dir(args.cam_dir, '--cam_dir')
     names = sorted({os.path.splitext(file)[0] for file in os.listdir(args.cam_dir) if file.endswith(('.npy', '.npz'))})
     if not names:
@@ -28,12 +29,17 @@ def write_trivial(args):
         make_dir(os.path.join(args.out_dir, kind), '--out_dir')
     for name in names:
         cam_dict = score_files.load_scores(os.path.join(args.cam_dir, name + '.npy'), '--cam_dir', 'cam')
-        if not cam_dict:
-            print(f'warning: {name} in {args.cam_dir} (--cam_dir) has no class and so no size: left out')
+        if cam_dict:
+            key, cam = next(iter(cam_dict.items()))
+            label, size = key + 1, cam.shape
+        elif args.voc12_root:
+            label, size = 0, image_files.read_image(get_img_path(name, args.voc12_root)).size[::-1]
+        else:
+            print(f'warning: {name} in {args.cam_dir} (--cam_dir) has no class and so no size: left out; --voc12_root '
+                  'names the data root whose images have one')
             continue
-        key, cam = next(iter(cam_dict.items()))
-        for kind, label in (('background', 0), ('labels', key + 1)):
-            image_files.save_label_map(os.path.join(args.out_dir, kind, name + '.png'), np.full(cam.shape, label))
+        for kind, value in (('background', 0), ('labels', label)):
+            image_files.save_label_map(os.path.join(args.out_dir, kind, name + '.png'), np.full(size, value))
 
 
 def print_table(args):
@@ -62,6 +68,7 @@ def get_args_parser():
     commands = parser.add_subparsers(required=True)
     trivial = commands.add_parser('trivial')
     trivial.add_argument('--cam_dir', required=True, help='CAM dicts, for the names, sizes and classes')
+    trivial.add_argument('--voc12_root', help='data root, for the sizes of images whose CAM dict has no class')
     trivial.add_argument('--out_dir', required=True, help='writes background/ and labels/ in it')
     trivial.set_defaults(main=write_trivial)
     table = commands.add_parser('table')

@@ -86,14 +86,14 @@ def load_scores(path, flag, kind):
 
 
 def load_fitting(folder, name, flag, kind, size, num_classes):
-    """`load_scores` of the image `name` in a folder. Raises BadInput also for scores that do not fit the image's size
-    (H, W) or the number of classes, and where there are none."""
+    """`load_scores` of the image `name` in a folder: CAMs are empty for an image without any class, CRF scores never.
+    Raises BadInput also for scores that do not fit the image's size (H, W) or the number of classes."""
     path = os.path.join(folder, name + '.npy')
     scores = load_scores(path, flag, kind)
-    if not scores:
-        raise BadInput(f'{path} ({flag}) has no class: take the image out of the list')
+    if kind == 'crf' and not scores:
+        raise BadInput(f'{path} ({flag}) has no scores, not even of the background: take the image out of the list')
     most = num_classes - (kind == 'cam')
-    if max(scores) > most:
+    if max(scores, default=0) > most:
         raise BadInput(f'{path} ({flag}) has the key {max(scores)}, beyond 0..{most} ({num_classes} classes of '
                        '--class_names)')
     if any(value.shape != size for value in scores.values()):

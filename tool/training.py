@@ -140,7 +140,7 @@ def report_progress(log, timer, batches, optimizer, step, means):
     """Logs the `Iter:` line of the reference, and a record of everything: step, epoch, means, lr, images/s, memory.
 
     batches: the StepBatches. step: the number of the last update, from 0. means: dict of floats; the line shows the
-    losses, AffinityNet's numbers of pairs (cnt) and the mAP, where they are there.
+    losses, AffinityNet's numbers of pairs (cnt) and the mAP (not None), where they are there.
     """
     lr = optimizer.param_groups[0]['lr']
     speed, finish = timer.report(step + 1, batches.max_step, batches.batch_size)
@@ -151,7 +151,7 @@ def report_progress(log, timer, batches, optimizer, step, means):
     if counts:
         line += f' cnt:{" ".join(counts)}'
     line += f' Fin:{finish} lr: {lr:.4f}'
-    if 'mAP' in means:
+    if means.get('mAP') is not None:
         line += f' mAP: {means["mAP"]:.1f}'
     log(line)
     log.record({'step': step, 'epoch': step // batches.epoch_steps, **means, 'lr': lr, 'images_per_second': speed,

@@ -154,7 +154,8 @@ def write_scalars(writer, step, values):
 def write_cams(writer, step, terms, img, label, cam, cam_rv):
     """Sends the loss terms and, for one image, both maps of its classes to TensorBoard.
 
-    img: normalised (3, H, W); label: (C,) multi-hot; cam, cam_rv: raw (1+C, H, W); all tensors.
+    img: normalised (3, H, W); label: (C,) multi-hot, with zeros alone the image has no maps; cam, cam_rv: raw
+    (1+C, H, W); all tensors.
     """
     orig_img = imutils.denormalize(img.cpu().numpy())
     present = label.cpu().numpy() > 0
@@ -162,7 +163,7 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
         for name, value in terms.items():
             writer.add_scalar(name, value, step)
         writer.add_image('image', orig_img, step, dataformats='HWC')
-        for name, scores in (('cam', cam), ('cam_rv', cam_rv)):
+        for name, scores in (('cam', cam), ('cam_rv', cam_rv)) if present.any() else ():
             maps = normalize_for_picture(scores.detach().float().cpu().numpy()[1:][present])
             overlays = [cam_on_image(orig_img, class_map) for class_map in maps]
             writer.add_image(name, np.concatenate(overlays, axis=1), step, dataformats='HWC')
@@ -180,9 +181,10 @@ def draw_cell(img, name, kind, folder, flag):
         picture = image_files.read_label_map(path, flag)
     else:
         scores = score_files.load_scores(path, flag, kind)
-        if not scores:
-            raise BadInput(f'{path} ({flag}) has no class')
-        picture = score_files.strongest_label(scores) if kind == 'crf' else np.max(list(scores.values()), axis=0)
+        if kind == 'crf' and not scores:
+            raise BadInput(f'{path} ({flag}) has no scores')
+        maps = list(scores.values()) or [np.zeros(img.shape[:2])]       # of an image without any class: 0
+        picture = score_files.strongest_label(scores) if kind == 'crf' else np.max(maps, axis=0)
     if picture.shape != img.shape[:2]:
         raise BadInput(f'{path} ({flag}) is {picture.shape[0]}x{picture.shape[1]}, its image '
                        f'{img.shape[0]}x{img.shape[1]}')

@@ -182,10 +182,20 @@ def common_classes(labels, class_names):
     return [name for name, is_there in zip(class_names, common) if is_there]
 
 
-def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST, negatives=False):
-    """Labels to train on: dict name -> float32 (C,) multi-hot. negatives: accept labels of zeros, images that show none
-    of the classes, and print how many there are. Raises BadInput for a bad file, for a name without a usable label, and
-    without negatives for a label of zeros; warns of objects in the XML that are of no class."""
+def describe_negatives(labels, class_names):
+    """One line: how many images are negatives, which show none of the classes, and how many have and lack each class.
+    labels: dict name -> (C,) multi-hot."""
+    counts = np.sum(list(labels.values()), axis=0).astype(int)
+    negatives = sum(not label.any() for label in labels.values())
+    return (f'{negatives:,} of {len(labels):,} images are negatives, which show none of the classes; images with and '
+            'without each class: ' + ', '.join(f'{name} {count} and {len(labels) - count}'
+                                               for name, count in zip(class_names, counts)))
+
+
+def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
+    """Labels to train on: dict name -> float32 (C,) multi-hot, of zeros for negatives, images that show none of the
+    classes. Prints how many negatives there are, and warns of objects in the XML that are of no class. Raises BadInput
+    for a bad file, and for a name without a usable label: that is no negative."""
     labels, unusable, unknown, source = read_labels(names, cls_labels, voc12_root, class_names)
     if not os.path.exists(cls_labels):
         print(f'labels: from {source}')
@@ -195,8 +205,6 @@ def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST, negatives=F
     if unknown:
         print(f'warning: {describe_unknown(unknown)}')
     empty = [name for name, label in labels.items() if not label.any()]
-    if empty and not negatives:
-        raise BadInput(f'image {empty[0]} has no class in {source}; take it out of the list, or correct its label')
     if empty:
         print(f'labels: {len(empty):,} of {len(labels):,} images show none of the classes: {join_first(empty)}')
     return labels

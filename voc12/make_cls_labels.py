@@ -94,7 +94,7 @@ def report(lists, labels, class_names):
         print(f'{flag}: {compare_labels(names, labels)}')
         empty = [name for name in names if not labels[name].any()]
         if empty:
-            print(f'warning: {flag}: {len(empty)} images without any class, which training refuses: '
+            print(f'warning: {flag}: {len(empty)} images without any class, which training takes for negatives: '
                   f'{join_first(empty)}')
 
 

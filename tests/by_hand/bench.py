@@ -139,7 +139,7 @@ def write_files(root, count, h, w):
     for number, name in enumerate(names):
         Image.fromarray(picture(h, w, number)).save(f'{root}/JPEGImages/{name}.jpg')
         maps, truth = (smooth_maps(h, w, seed=(number, kind)) for kind in range(2))
-        truth = infer_SEAM.label_map(dict(zip(CLASSES, truth)), 0.5)
+        truth = infer_SEAM.label_map(dict(zip(CLASSES, truth)), 0.5, (h, w))
         truth[:, :9] = image_files.IGNORE
         image_files.save_label_map(f'{root}/gt/{name}.png', truth)
         score_files.save_scores(f'{root}/cam/{name}.npy', dict(zip(CLASSES, maps)))
