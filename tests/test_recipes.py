@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_scripts import done, run
 
 OURS = ('tool', 'network', 'voc12', 'train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'evaluation')
-README = open(os.path.join(ROOT, 'README.md'), encoding='utf-8').read()
+EDITS = open(os.path.join(ROOT, 'network', 'README.md'), encoding='utf-8').read()
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 TRAIN = ['--train_list', LIST, '--batch_size', '2', '--max_epochs', '1', '--num_workers', '0', '--crop_size', '64',
          '--resize_long', '64', '80']
@@ -28,8 +28,8 @@ def blocks(text, language=''):
 
 
 def read_recipes():
-    """dict title -> (file, list of (old lines, new lines)) of the README's block of edits."""
-    block, = blocks(README, 'diff')
+    """dict title -> (file, list of (old lines, new lines)) of the block of edits in network/README.md."""
+    block, = blocks(EDITS, 'diff')
     recipes = {}
     for file, title, body in re.findall(r'^--- (\S+): (.*)\n((?:[-+] .*\n)+)', block, re.MULTILINE):
         hunks = re.findall(r'((?:^- .*\n)+)((?:^\+ .*\n)+)', body, re.MULTILINE)
