@@ -173,23 +173,29 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add('--list', default='./VOC2012/ImageSets/Segmentation/train.txt', help='images to score')
-    add('--predict_dir', default='./out_rw', help='folder of predictions, NAME.png or NAME.npy')
-    add('--gt_dir', default='./VOC2012/' + GT_FOLDER, help='folder of ground truth, NAME.png')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
+    add('--list', default='./VOC2012/ImageSets/Segmentation/train.txt', help='list of the images to evaluate')
+    add('--predict_dir', default='./out_rw', help='folder of the predictions, NAME.png or NAME.npy')
+    add('--gt_dir', default='./VOC2012/' + GT_FOLDER, help='folder of the ground truth, NAME.png')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
+    add('--num_workers', default=8, type=int, help='number of worker processes; 0 works in the main process')
     # what is scored
-    add('--type', default='png', choices=['png', 'npy', 'crf'], help='label maps; CAM dicts, from key 0; CRF dicts')
-    add('--t', type=float, help='background score, for --type npy without --curve')
-    add('--curve', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL', help='mIoU over --t_list (npy)')
+    add('--type', default='png', choices=['png', 'npy', 'crf'],
+        help='what --predict_dir contains: png label maps, npy CAM dicts (class c has the key c - 1), crf CRF dicts '
+             '(background has the key 0)')
+    add('--t', type=float, help='background score in 0..1, for --type npy without --curve')
+    add('--curve', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
+        help='evaluate CAM dicts at all background scores of --t_list')
     add('--t_list', type=float, nargs='+', metavar='T', 
-        help='background scores, ascending; not given: 0 to 0.59, and on to 0.99 where the best is near that end')
+        help='background scores of --curve, ascending. Default: 0.00 to 0.59, extended to 0.99 if the best one is '
+             'close to 0.59')
     add('--mean_classes', nargs='+', metavar='NAME', 
-        help='average over these too, and pick the best score by them: background cat dog ...')
+        help='classes for an additional mean, which then selects the best score, such as: background cat dog')
     # outputs
-    add('--logfile', default='./evallog.txt', help='the result is appended to this file')
-    add('--comment', required=True, help='a line for the log file')
-    add('--out_prefix', help='of the .csv and .png files; not given: the name of --predict_dir, beside the log file')
+    add('--logfile', default='./evallog.txt', help='log file; the result is appended to it')
+    add('--comment', required=True, help='description of this result, written into the log file')
+    add('--out_prefix',
+        help='prefix of the .csv and .png files. Default: the name of --predict_dir, beside the log file')
     return parser
 
 

@@ -147,51 +147,67 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
+    add('--voc12_root', default='VOC2012',
+        help='data root; contains JPEGImages/, and Annotations/ if --cls_labels does not exist')
     either = parser.add_mutually_exclusive_group().add_argument
-    either('--infer_list', default='voc12/train.txt', help='images to work on')
+    either('--infer_list', default='voc12/train.txt', help='list of the images to process')
     either('--images', nargs='+', metavar='PATH', help='image files, and folders with their sub-folders, to work on in '
            'place of --voc12_root and --infer_list')
-    add('--cls_labels', default='voc12/cls_labels.npy', help='image-level labels; without this file the XML is read')
+    add('--cls_labels', default='voc12/cls_labels.npy',
+        help='image-level labels, a dict of multi-hot vectors; if the file is missing, the XML files are read')
     add('--tag_threshold', metavar='NUMBER_OR_FILE', help='take the classes of each image from the classifier, not '
         'from --cls_labels: those whose largest probability over scales and mirrors is above this number, or above '
         'that of the class in a file with lines CLASS,THRESHOLD')
     add('--tag_scales', type=float, nargs='+', help='scales of these probabilities; not given: those of --scales. The '
         'classifier is best where objects are as large as in its training')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
+    add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
     # network
-    add('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    add('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
-    add('--weights', help='trained .pth; needed without --cam_dir')
-    add('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network: less memory and time')
+    add('--network', default='network.resnet38_SEAM', help='Python module that contains the network, a class Net')
+    add('--backbone', help='name of a timm model; needs a --network of timm such as network.timm_SEAM')
+    add('--weights', help='trained weights, .pth; required unless --cam_dir is given')
+    add('--device', help='cuda (the first GPU), cuda:N or cpu. Default: cuda if it is available')
+    add('--tf32', action='store_true',
+        help='allow TF32 matrix products on recent GPUs: several times faster, changes results slightly')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+        help='run the network in half precision: less memory, faster on a GPU, changes results slightly')
     # maps
-    add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+', help='factors of the size (the scale table)')
-    add('--flip', default=1, type=int, choices=[0, 1], help='1: each scale is run with its mirror image; 0: without')
-    add('--cam_dir', help='a finished --out_cam in place of the network, for other --out_crf and --out_cam_pred')
+    add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
+        help='test scales, as factors of the image size (the scale table of the paper)')
+    add('--flip', default=1, type=int, choices=[0, 1], help='1 also runs the mirror image at each scale; 0 does not')
+    add('--cam_dir', help='folder of finished CAMs, instead of --weights: only --out_crf and --out_cam_pred are made')
     add('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'], 
-        help='refined by PCM; the plain CAM; Grad-CAM and Grad-CAM++ of the classifier')
-    add('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM')
-    add('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+', help='background exponents, one output folder each')
-    add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
-    add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
+        help='which map to save: cam_rv is refined by PCM, cam is the plain CAM')
+    add('--pcm', default='on', choices=['on', 'off'], help='off replaces the refined map by the plain CAM')
+    add('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
+        help='exponents of the background score (1 - CAM)^alpha, one output folder for each; a higher one labels less '
+             'background')
+    add('--crf_backend', choices=['pydensecrf', 'torch'],
+        help='implementation of the CRF; torch runs on --device. Default: pydensecrf if it is installed, else torch')
+    add('--crf_workers', type=int,
+        help='number of pydensecrf processes. Default: all cores if a GPU runs the network, else 0')
     # outputs
-    add('--out_cam', help='folder for the CAM dicts, NAME.npy')
-    add('--out_crf', help='folder prefix for the CRF dicts: <out_crf>_4.0/NAME.npy, ...')
+    add('--out_cam', help='folder to write the CAM dicts to, NAME.npy')
+    add('--out_crf', help='prefix of the folders to write the CRF dicts to: <out_crf>_4.0/NAME.npy, ...')
     add('--out_tags', help='folder for probabilities.csv, the probability of every class in every image, and tags.csv, '
         'the classes that --tag_threshold took, as make_custom.py reads them; without --tag_threshold, the best one '
         'for the known labels is printed')
-    add('--out_cam_pred', help='folder for label maps, NAME.png')
-    add('--out_cam_pred_alpha', default=0.26, type=float, help='background score of these maps (not an exponent)')
-    add('--cam_dtype', default='float32', choices=['float32', 'float16'], help='of the CAM and CRF dicts')
-    add('--cam_format', default='npy', choices=['npy', 'npz'], help='npz: compressed, without pickle, slower to write')
+    add('--out_cam_pred', help='folder to write label maps to, NAME.png')
+    add('--out_cam_pred_alpha', default=0.26, type=float,
+        help='background score of --out_cam_pred, in 0..1 (not an exponent)')
+    add('--cam_dtype', default='float32', choices=['float32', 'float16'],
+        help='number format of the CAM and CRF dicts; float16 halves the files')
+    add('--cam_format', default='npy', choices=['npy', 'npz'],
+        help='file format of the CAM and CRF dicts; npz is compressed and contains no pickle, but is slower to write')
     add('--vis_dir', help='folder for pictures, NAME.jpg: the maps, and labels at the background scores that the label '
         'maps use and that go with --crf_alpha')
-    add('--vis_count', default=20, type=int, help='how many images of the list get one, if not finished already')
-    add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
-    add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
+    add('--vis_count', default=20, type=int,
+        help='number of images to draw, from the start of the list; finished images are not drawn again')
+    add('--resume', action='store_true', help='keep finished files; refused if they were made with other settings')
+    add('--on_error', default='stop', choices=['stop', 'skip'],
+        help='what to do with an image that cannot be processed: stop, or skip it, list it at the end and exit with '
+             'code 3')
     return parser
 
 

@@ -115,34 +115,45 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    add('--infer_list', default='voc12/val.txt', help='images to work on')
-    add('--cam_dir', required=True, help='CAM dicts: the --out_cam folder of infer_SEAM.py, not a CRF folder')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
+    add('--infer_list', default='voc12/val.txt', help='list of the images to process')
+    add('--cam_dir', required=True, help='folder of the CAM dicts, the --out_cam of infer_SEAM.py; not a CRF folder')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
+    add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
     # network
-    add('--network', default='network.resnet38_aff', help='module with a class Net')
-    add('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
-    add('--weights', required=True, help='trained .pth')
-    add('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network: less memory and time')
+    add('--network', default='network.resnet38_aff', help='Python module that contains the network, a class Net')
+    add('--backbone', help='name of a timm model; needs a --network of timm such as network.timm_aff')
+    add('--weights', required=True, help='trained weights, .pth')
+    add('--device', help='cuda (the first GPU), cuda:N or cpu. Default: cuda if it is available')
+    add('--tf32', action='store_true',
+        help='allow TF32 matrix products on recent GPUs: several times faster, changes results slightly')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+        help='run the network in half precision: less memory, faster on a GPU, changes results slightly')
     # random walk
-    add('--alpha', default=6.0, type=float, help='background exponent: the higher, the less background')
-    add('--beta', default=8, type=int, help='exponent of the affinities: the higher, the fewer weak ones count')
-    add('--logt', default=6, type=int, help='the walk takes 2^logt steps')
-    add('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL', help='one iteration of the CRF')
-    add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
-    add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
+    add('--alpha', default=6.0, type=float,
+        help='exponent of the background score (1 - CAM)^alpha; a higher one labels less background')
+    add('--beta', default=8, type=int, help='exponent of the affinities; a higher one suppresses weak affinities more')
+    add('--logt', default=6, type=int, help='the random walk takes 2^logt steps')
+    add('--crf', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
+        help='apply one iteration of the dense CRF to the scores of the walk')
+    add('--crf_backend', choices=['pydensecrf', 'torch'],
+        help='implementation of the CRF; torch runs on --device. Default: pydensecrf if it is installed, else torch')
+    add('--crf_workers', type=int,
+        help='number of pydensecrf processes. Default: all cores if a GPU runs the network, else 0')
     # outputs
-    add('--out_rw', default='out_rw', help='folder for the pseudo labels, NAME.png')
-    add('--out_prob', help='folder for the scores behind the labels, NAME.npy, in the format of the CRF dicts')
-    add('--ignore_below', default=0.0, type=float, help='255 where the winning class has less than this share')
-    add('--ignore_crf', nargs=2, metavar=('LA', 'HA'), help='255 where the labels of these two CRF folders differ')
-    add('--vis_dir', help='folder for pictures of the labels, NAME.jpg')
-    add('--vis_count', default=20, type=int, help='how many images of the list get one')
-    add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
-    add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
+    add('--out_rw', default='out_rw', help='folder to write the pseudo labels to, NAME.png')
+    add('--out_prob', help='folder to write the scores of the walk to, NAME.npy, in the format of the CRF dicts')
+    add('--ignore_below', default=0.0, type=float,
+        help='write 255 (ignored) where the largest score is less than this share of the sum of all')
+    add('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
+        help='write 255 (ignored) where the labels of these two CRF folders differ')
+    add('--vis_dir', help='folder to write pictures of the labels to, NAME.jpg')
+    add('--vis_count', default=20, type=int, help='number of images to draw, from the start of the list')
+    add('--resume', action='store_true', help='keep finished files; refused if they were made with other settings')
+    add('--on_error', default='stop', choices=['stop', 'skip'],
+        help='what to do with an image that cannot be processed: stop, or skip it, list it at the end and exit with '
+             'code 3')
     return parser
 
 

@@ -99,35 +99,45 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
+    add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
     either = parser.add_mutually_exclusive_group().add_argument
-    either('--infer_list', default='voc12/val.txt', help='images to work on')
+    either('--infer_list', default='voc12/val.txt', help='list of the images to process')
     either('--images', nargs='+', metavar='PATH', help='image files, and folders with their sub-folders, to work on in '
            'place of --voc12_root and --infer_list')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
+    add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
     # network
-    add('--network', default='network.resnet38_deeplab', help='module with a class Net')
-    add('--backbone', help='model of timm, for a --network of timm such as network.timm_deeplab')
-    add('--weights', required=True, help='trained .pth')
-    add('--device', help='cuda (the first GPU), cuda:N or cpu; not given: cuda where there is one')
-    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network: less memory and time')
+    add('--network', default='network.resnet38_deeplab', help='Python module that contains the network, a class Net')
+    add('--backbone', help='name of a timm model; needs a --network of timm such as network.timm_deeplab')
+    add('--weights', required=True, help='trained weights, .pth')
+    add('--device', help='cuda (the first GPU), cuda:N or cpu. Default: cuda if it is available')
+    add('--tf32', action='store_true',
+        help='allow TF32 matrix products on recent GPUs: several times faster, changes results slightly')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+        help='run the network in half precision: less memory, faster on a GPU, changes results slightly')
     # test protocol; the defaults are those of the published numbers
-    add('--scales', default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], type=float, nargs='+', help='factors of the size')
-    add('--flip', default=1, type=int, choices=[0, 1], help='1: each scale is run with its mirror image; 0: without')
+    add('--scales', default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], type=float, nargs='+',
+        help='test scales, as factors of the image size')
+    add('--flip', default=1, type=int, choices=[0, 1], help='1 also runs the mirror image at each scale; 0 does not')
     add('--tile', type=int, metavar='SIDE', help='for large images: run the network on overlapping squares of this '
         'many pixels and average their probabilities; needs less memory, and the network sees less around a pixel')
-    add('--crf', default='on', choices=['on', 'off'], help='one iteration of the dense CRF on the probabilities')
-    add('--crf_backend', choices=['pydensecrf', 'torch'], help='not given: pydensecrf if installed; torch: on --device')
-    add('--crf_workers', type=int, help='pydensecrf processes; not given: all cores if a GPU runs the network, else 0')
+    add('--crf', default='on', choices=['on', 'off'], help='apply one iteration of the dense CRF to the probabilities')
+    add('--crf_backend', choices=['pydensecrf', 'torch'],
+        help='implementation of the CRF; torch runs on --device. Default: pydensecrf if it is installed, else torch')
+    add('--crf_workers', type=int,
+        help='number of pydensecrf processes. Default: all cores if a GPU runs the network, else 0')
     # outputs
-    add('--out_seg', help='folder for the label maps, NAME.png')
-    add('--out_prob', help='folder for the probabilities, NAME.npy, as --out_crf of infer_SEAM.py with all classes')
+    add('--out_seg', help='folder to write the label maps to, NAME.png')
+    add('--out_prob',
+        help='folder to write the class probabilities to, NAME.npy, in the format of the CRF dicts with all classes')
     add('--vis_dir', help='folder for pictures of the labels beside the image, NAME.jpg')
-    add('--vis_count', default=20, type=int, help='how many images of the list get one, if not finished already')
-    add('--resume', action='store_true', help='keep finished files, in folders of the same settings alone')
-    add('--on_error', default='stop', choices=['stop', 'skip'], help='skip: list bad images at the end, exit code 3')
+    add('--vis_count', default=20, type=int,
+        help='number of images to draw, from the start of the list; finished images are not drawn again')
+    add('--resume', action='store_true', help='keep finished files; refused if they were made with other settings')
+    add('--on_error', default='stop', choices=['stop', 'skip'],
+        help='what to do with an image that cannot be processed: stop, or skip it, list it at the end and exit with '
+             'code 3')
     return parser
 
 

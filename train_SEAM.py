@@ -209,59 +209,82 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/ and Annotations/')
-    add('--train_list', default='voc12/train_aug.txt', help='training images')
+    add('--voc12_root', default='VOC2012',
+        help='data root; contains JPEGImages/, and Annotations/ if --cls_labels does not exist')
+    add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
     add('--val_list', default='voc12/val.txt', help='held-out images for --val_every; else not read')
     add('--val_every', default=0, type=int,
         help='validate on the images of --val_list after every so many epochs, and at the end; 0: never')
-    add('--cls_labels', default='voc12/cls_labels.npy', help='image-level labels; without this file the XML is read')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--cls_labels', default='voc12/cls_labels.npy',
+        help='image-level labels, a dict of multi-hot vectors; if the file is missing, the XML files are read')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
     add('--resize_long', default=[448, 768], type=int, nargs=2, metavar=('MIN', 'MAX'),
-        help='range of the random long side, in pixels')
-    add('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
-    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+        help='the long side of each training image is rescaled to a random length in this range, in pixels')
+    add('--crop_size', default=448, type=int, help='side of the square training crop, in pixels')
+    add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
     # network
-    add('--network', default='network.resnet38_SEAM', help='module with a class Net')
-    add('--backbone', help='model of timm, for a --network of timm such as network.timm_SEAM')
-    add('--weights', help='ImageNet .params or .pth to start from; not given: those of timm for its nets, else random')
-    add('--reset_head', action='store_true', help='new classifier layer, where --weights were trained on other classes')
-    add('--fit_classifier', action='store_true', help='first fit a classifier to the features of the list, for timm')
+    add('--network', default='network.resnet38_SEAM', help='Python module that contains the network, a class Net')
+    add('--backbone', help='name of a timm model; needs a --network of timm such as network.timm_SEAM')
+    add('--weights',
+        help="pretrained weights to start from, .params or .pth. Default: timm's weights for its networks, random for "
+             "others")
+    add('--reset_head', action='store_true',
+        help='start with a new classifier layer, for --weights that were trained on other classes')
+    add('--fit_classifier', action='store_true',
+        help='before the first step, fit the classifier to the features of all training images; for pretrained '
+             'networks that have no classifier yet, such as those of timm')
     # objective; the defaults are the paper's, table 1 takes the parts out one by one
-    add('--classifier_only', action='store_true', help='one view, no SEAM: the CAM baseline of table 1')
-    add('--er_weight', default=1.0, type=float, help='of the equivariance loss; 0 takes it out')
-    add('--ecr_weight', default=1.0, type=float, help='of the cross regularisation; 0 takes it out')
-    add('--rvmin_weight', default=1.0, type=float, help='of the term that keeps refined maps low somewhere; 0: out')
-    add('--topk_ratio', default=0.2, type=float, help='share of the values, the hardest, that ECR counts; 1: all')
-    add('--pcm', default='on', choices=['on', 'off'], help='off: the refined map is the plain CAM (table 1)')
+    add('--classifier_only', action='store_true',
+        help='train the classifier on one view without ER, ECR and PCM: the CAM baseline of table 1')
+    add('--er_weight', default=1.0, type=float, help='weight of the equivariance loss (ER); 0 disables it (table 1)')
+    add('--ecr_weight', default=1.0, type=float,
+        help='weight of the cross regularisation (ECR); 0 disables it (table 1)')
+    add('--rvmin_weight', default=1.0, type=float,
+        help='weight of the min-pooling loss on the refined maps; 0 disables it')
+    add('--topk_ratio', default=0.2, type=float,
+        help='share of the largest differences that ECR averages (hard-example mining); 1 disables mining (table 1)')
+    add('--pcm', default='on', choices=['on', 'off'], help='off replaces the refined map by the plain CAM (table 1)')
     add('--transform', default=['rescale'], nargs='+', choices=['rescale', 'flip', 'rotation', 'translation'],
-        help='what makes the second view, and its CAMs are to follow (the transform table)')
-    add('--scale_factor', default=0.3, type=float, help='of the second view, with --transform rescale')
-    add('--max_rotation', default=20.0, type=float, help='degrees, with --transform rotation')
-    add('--max_translation', default=15.0, type=float, help='pixels, with --transform translation')
-    add('--train_bn', action='store_true', help='train norms and early layers too, to pretrain from random weights')
-    add('--dropout', default=1.0, type=float, help='factor on the rates; 0 learns faster from random weights')
+        help='transforms that make the second view (the transform table of the paper)')
+    add('--scale_factor', default=0.3, type=float, help='size of the second view as a factor, for --transform rescale')
+    add('--max_rotation', default=20.0, type=float, help='largest rotation in degrees, for --transform rotation')
+    add('--max_translation', default=15.0, type=float, help='largest shift in pixels, for --transform translation')
+    add('--train_bn', action='store_true',
+        help='also train batch norm and the early layers, which are otherwise frozen; for training from random weights')
+    add('--dropout', default=1.0, type=float, help='factor on all dropout rates; 0 disables dropout')
     # optimisation
-    add('--batch_size', default=8, type=int, help='images per step, over all GPUs')
-    add('--accum', default=1, type=int, help='parts that a batch is run in: less memory, the same gradient')
-    add('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
-    add('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
+    add('--batch_size', default=8, type=int, help='number of images per step, over all GPUs')
+    add('--accum', default=1, type=int,
+        help='split each batch into this many parts and accumulate the gradient: less memory, same gradient except '
+             'for dropout')
+    add('--max_epoches', '--max_epochs', default=8, type=int, help='number of passes over the training list')
+    add('--lr', default=0.01, type=float, help='initial learning rate of the backbone; new layers get 10 times as much')
     add('--wt_dec', default=5e-4, type=float, help='weight decay')
-    add('--momentum', type=float, help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    add('--momentum', type=float, help='momentum of SGD. Default: the value of --wt_dec, as in the published runs')
     # the machine
-    add('--seed', default=0, type=int, help='of all random numbers')
-    add('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
-    add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
-    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
-    add('--checkpointing', action='store_true', help='recompute blocks: less memory, a fifth more operations')
+    add('--seed', default=0, type=int, help='seed of all random numbers')
+    add('--device', help='cuda (all visible GPUs), cuda:N (one GPU) or cpu. Default: cuda if it is available')
+    add('--deterministic', action='store_true',
+        help='use deterministic GPU kernels, so that the same seed gives the same bits; slower')
+    add('--tf32', action='store_true',
+        help='allow TF32 matrix products on recent GPUs: several times faster, changes results slightly')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+        help='run the network in half precision; losses stay in float32. Less memory, faster on a GPU')
+    add('--checkpointing', action='store_true',
+        help='recompute activations in the backward pass: less memory, about a fifth more computation')
     # outputs
-    add('--session_name', default='resnet38_SEAM', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
-    add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
-    add('--save_every', default=1000, type=int, help='steps between checkpoints; there is one after every epoch too')
-    add('--log_every', default=50, type=int, help='steps between the lines of the log')
+    add('--session_name', default='resnet38_SEAM',
+        help='prefix of the output files: .pth (weights), _last.pth (checkpoint), .log, .jsonl')
+    add('--resume', nargs='?', const=True, metavar='PATH',
+        help='continue a stopped training from the checkpoint PATH, by default <session_name>_last.pth')
+    add('--save_every', default=1000, type=int,
+        help='number of steps between checkpoints; one is also written after every epoch')
+    add('--log_every', default=50, type=int,
+        help='number of steps between two lines of the log; the last step is always logged')
     add('--keep_best', action='store_true',
         help='with --val_every: write <session_name>_best.pth too, by the mIoU where there are masks, else by the mAP')
-    add('--tblog_dir', default='./tblog', help='TensorBoard folder; used when TensorBoard is installed')
+    add('--tblog_dir', default='./tblog', help='folder of the TensorBoard logs; used if TensorBoard is installed')
     return parser
 
 

@@ -53,37 +53,52 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    add('--train_list', default='voc12/train_aug.txt', help='training images')
+    add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
+    add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
     add('--val_list', default='voc12/val.txt', help='unused, as in the reference')
-    add('--la_crf_dir', required=True, help='CRF scores of the low alpha: <out_crf>_4.0')
-    add('--ha_crf_dir', required=True, help='CRF scores of the high alpha: <out_crf>_24.0')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
-    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+    add('--la_crf_dir', required=True,
+        help='folder of CRF scores at the low alpha, <out_crf>_4.0; it decides what is object')
+    add('--ha_crf_dir', required=True,
+        help='folder of CRF scores at the high alpha, <out_crf>_24.0; it decides what is background')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
+    add('--crop_size', default=448, type=int, help='side of the square training crop, in pixels')
+    add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
     # network
-    add('--network', default='network.resnet38_aff', help='module with a class Net')
-    add('--backbone', help='model of timm, for a --network of timm such as network.timm_aff')
-    add('--weights', help='ImageNet .params or .pth to start from; not given: those of timm for its nets, else random')
+    add('--network', default='network.resnet38_aff', help='Python module that contains the network, a class Net')
+    add('--backbone', help='name of a timm model; needs a --network of timm such as network.timm_aff')
+    add('--weights',
+        help="pretrained weights to start from, .params or .pth. Default: timm's weights for its networks, random for "
+             "others")
     # optimisation
-    add('--batch_size', default=8, type=int, help='images per step, over all GPUs')
-    add('--accum', default=1, type=int, help='parts that a batch is run in: less memory, the same gradient')
-    add('--max_epoches', '--max_epochs', default=8, type=int, help='passes over the training list')
-    add('--lr', default=0.01, type=float, help='of the backbone; new heads get 10 times as much')
+    add('--batch_size', default=8, type=int, help='number of images per step, over all GPUs')
+    add('--accum', default=1, type=int,
+        help='split each batch into this many parts and accumulate the gradient: less memory, same gradient except '
+             'for dropout')
+    add('--max_epoches', '--max_epochs', default=8, type=int, help='number of passes over the training list')
+    add('--lr', default=0.01, type=float, help='initial learning rate of the backbone; new layers get 10 times as much')
     add('--wt_dec', default=5e-4, type=float, help='weight decay')
-    add('--momentum', type=float, help='of SGD; not given: the value of --wt_dec, which is what the reference ran')
+    add('--momentum', type=float, help='momentum of SGD. Default: the value of --wt_dec, as in the published runs')
     # the machine
-    add('--seed', default=0, type=int, help='of all random numbers')
-    add('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
-    add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
-    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
-    add('--checkpointing', action='store_true', help='recompute blocks: less memory, a fifth more operations')
+    add('--seed', default=0, type=int, help='seed of all random numbers')
+    add('--device', help='cuda (all visible GPUs), cuda:N (one GPU) or cpu. Default: cuda if it is available')
+    add('--deterministic', action='store_true',
+        help='use deterministic GPU kernels, so that the same seed gives the same bits; slower')
+    add('--tf32', action='store_true',
+        help='allow TF32 matrix products on recent GPUs: several times faster, changes results slightly')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+        help='run the network in half precision; losses stay in float32. Less memory, faster on a GPU')
+    add('--checkpointing', action='store_true',
+        help='recompute activations in the backward pass: less memory, about a fifth more computation')
     # outputs
-    add('--session_name', default='resnet38_aff', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
-    add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
-    add('--save_every', default=1000, type=int, help='steps between checkpoints; there is one after every epoch too')
-    add('--log_every', default=50, type=int, help='steps between the lines of the log')
+    add('--session_name', default='resnet38_aff',
+        help='prefix of the output files: .pth (weights), _last.pth (checkpoint), .log, .jsonl')
+    add('--resume', nargs='?', const=True, metavar='PATH',
+        help='continue a stopped training from the checkpoint PATH, by default <session_name>_last.pth')
+    add('--save_every', default=1000, type=int,
+        help='number of steps between checkpoints; one is also written after every epoch')
+    add('--log_every', default=50, type=int,
+        help='number of steps between two lines of the log; the last step is always logged')
     return parser
 
 

@@ -53,45 +53,62 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add('--voc12_root', default='VOC2012', help='data root, with JPEGImages/')
-    add('--train_list', default='voc12/train_aug.txt', help='training images')
+    add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
+    add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
     add('--val_list', default='voc12/val.txt', help='held-out images for --val_every; else not read')
     add('--val_every', default=0, type=int,
         help='validate on the images of --val_list after every so many epochs, and at the end; 0: never')
-    add('--label_dir', required=True, help='label maps NAME.png: the pseudo labels of infer_aff.py, or ground truth')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    add('--label_dir', required=True,
+        help='folder of label maps NAME.png: pseudo labels of infer_aff.py, or ground truth')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
     add('--hsv', default=[10, 10, 10], type=int, nargs=3, metavar=('H', 'S', 'V'),
-        help='most jitter of hue (of 180), saturation, value (255)')
+        help='largest random change of hue (in 0..179), saturation and value (in 0..255)')
     add('--scale_range', default=[0.5, 1.5], type=float, nargs=2, metavar=('MIN', 'MAX'),
-        help='range of the random factor of the image size')
-    add('--crop_size', default=448, type=int, help='side of the training crop, in pixels')
-    add('--num_workers', default=8, type=int, help='loader processes; 0 loads in the main one')
+        help='each training image is rescaled by a random factor in this range')
+    add('--crop_size', default=448, type=int, help='side of the square training crop, in pixels')
+    add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
     # network
-    add('--network', default='network.resnet38_deeplab', help='module with a class Net')
-    add('--backbone', help='model of timm, for a --network of timm such as network.timm_deeplab')
-    add('--weights', help='ImageNet or other .pth, .params to start from; not given: those of timm, else random')
-    add('--freeze_bn', action='store_true', help='batch norm uses its running statistics; as published, it trains')
-    add('--bn_momentum', default=3e-4, type=float, help='step of running statistics; a short run needs 0.05 or so')
-    add('--sync_bn', action='store_true', help='batch norm over the whole batch of all ranks')
+    add('--network', default='network.resnet38_deeplab', help='Python module that contains the network, a class Net')
+    add('--backbone', help='name of a timm model; needs a --network of timm such as network.timm_deeplab')
+    add('--weights',
+        help="pretrained weights to start from, .params or .pth. Default: timm's weights for its networks, random for "
+             "others")
+    add('--freeze_bn', action='store_true',
+        help='use the running statistics in batch norm; by default, as published, batch norm normalises by the batch')
+    add('--bn_momentum', default=3e-4, type=float,
+        help='share by which a step moves the running statistics of batch norm; short runs need about 0.05')
+    add('--sync_bn', action='store_true', help='normalise over the batch of all ranks; needs torchrun and GPUs')
     # optimisation
-    add('--batch_size', default=10, type=int, help='images per step, over all GPUs')
-    add('--accum', default=1, type=int, help='parts that a batch is run in: less memory; batch norm sees the parts')
-    add('--max_iters', default=20000, type=int, help='steps')
-    add('--lr', default=0.001, type=float, help='of the backbone; the head gets 10 times as much')
+    add('--batch_size', default=10, type=int, help='number of images per step, over all GPUs')
+    add('--accum', default=1, type=int,
+        help='split each batch into this many parts and accumulate the gradient: less memory, but batch norm '
+             'normalises each part by itself')
+    add('--max_iters', default=20000, type=int, help='number of training steps')
+    add('--lr', default=0.001, type=float,
+        help='initial learning rate of the backbone; new layers get 10 times as much')
     add('--wt_dec', default=5e-4, type=float, help='weight decay')
-    add('--momentum', default=0.9, type=float, help='of SGD')
+    add('--momentum', default=0.9, type=float, help='momentum of SGD')
     # the machine
-    add('--seed', default=0, type=int, help='of all random numbers')
-    add('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
-    add('--deterministic', action='store_true', help='same bits from the same seed on a GPU; slower')
-    add('--tf32', action='store_true', help='faster, less exact products on recent GPUs')
-    add('--amp', default='off', choices=['off', 'bf16', 'fp16'], help='half-precision network, float32 losses')
-    add('--checkpointing', action='store_true', help='recompute blocks: less memory, a fifth more operations')
+    add('--seed', default=0, type=int, help='seed of all random numbers')
+    add('--device', help='cuda (all visible GPUs), cuda:N (one GPU) or cpu. Default: cuda if it is available')
+    add('--deterministic', action='store_true',
+        help='use deterministic GPU kernels, so that the same seed gives the same bits; slower')
+    add('--tf32', action='store_true',
+        help='allow TF32 matrix products on recent GPUs: several times faster, changes results slightly')
+    add('--amp', default='off', choices=['off', 'bf16', 'fp16'],
+        help='run the network in half precision; losses stay in float32. Less memory, faster on a GPU')
+    add('--checkpointing', action='store_true',
+        help='recompute activations in the backward pass: less memory, about a fifth more computation')
     # outputs
-    add('--session_name', default='resnet38_deeplab', help='writes <session_name>.pth, _last.pth, .log and .jsonl')
-    add('--resume', nargs='?', const=True, metavar='PATH', help='go on from PATH, or else <session_name>_last.pth')
-    add('--save_every', default=1000, type=int, help='steps between checkpoints; there is one after every epoch too')
-    add('--log_every', default=50, type=int, help='steps between the lines of the log')
+    add('--session_name', default='resnet38_deeplab',
+        help='prefix of the output files: .pth (weights), _last.pth (checkpoint), .log, .jsonl')
+    add('--resume', nargs='?', const=True, metavar='PATH',
+        help='continue a stopped training from the checkpoint PATH, by default <session_name>_last.pth')
+    add('--save_every', default=1000, type=int,
+        help='number of steps between checkpoints; one is also written after every epoch')
+    add('--log_every', default=50, type=int,
+        help='number of steps between two lines of the log; the last step is always logged')
     add('--keep_best', action='store_true',
         help='with --val_every: write <session_name>_best.pth too, the weights with the best mIoU')
     add('--tblog_dir', default='./tblog',

@@ -285,49 +285,54 @@ def get_args_parser():
     add = parser.add_argument
     # what to do
     tables = '1', 'refinement', 'activation', 'scale', 'transform', 'retrain', 'all'
-    add('--table', default=['1'], nargs='+', choices=tables, help='all: the first five')
-    add('--rows', nargs='+', metavar='TEXT', help='only rows whose name has one of these texts in it')
-    add('--seeds', default=[0], type=int, nargs='+', help='every training is repeated with each')
-    add('--toy', action='store_true', help='drawings as those of the demo, its networks and settings as defaults')
+    add('--table', default=['1'], nargs='+', choices=tables, help='tables to make; all means the first five')
+    add('--rows', nargs='+', metavar='TEXT', help='make only the rows whose name contains one of these texts')
+    add('--seeds', default=[0], type=int, nargs='+', help='seeds; every training is repeated with each of them')
+    add('--toy', action='store_true', help='use the drawings, networks and settings of the demo')
     add('--lite0', action='store_true',
         help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with another number '
              'add --train="--max_epochs N" and the same to --train_aff')
-    add('--count', default=240, type=int, help='drawings, with --toy')
-    add('--resume', action='store_true', help='finished work stays; without it all is made anew')
-    add('--out', default='tables', help='folder of all results')
+    add('--count', default=240, type=int, help='number of drawings, for --toy')
+    add('--resume', action='store_true', help='keep finished work; without it, everything is computed again')
+    add('--out', default='tables', help='folder to write all results to')
     # data
-    add('--voc12_root', default='VOC2012', help='data root')
-    add('--train_list', default='voc12/train_aug.txt', help='images to train on')
-    add('--aff_list', help='images to train AffinityNet on; not given: those of --train_list')
-    add('--list', help='images to score; not given: ImageSets/Segmentation/train.txt of the data root')
-    add('--val_list', help='images to score retrained networks on, which they have not trained on; not given: val.txt')
+    add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/ and SegmentationClass/')
+    add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
+    add('--aff_list', help='list of the training images of AffinityNet. Default: --train_list')
+    add('--list', help='list of the images to evaluate. Default: ImageSets/Segmentation/train.txt of the data root')
+    add('--val_list', help='list of the images to evaluate retrained networks on. Default: val.txt beside --list')
     add('--train_gt',
         help='label maps of the training images, for the row retrained on ground truth; not given: '
              f'{AUG_GT_FOLDER} of the data root, which voc12/make_seg_aug.py makes, or where that is missing '
              f'{GT_FOLDER}')
-    add('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    add('--cls_labels', help='image-level labels')
-    add('--mean_classes', nargs='+', metavar='NAME', help='average over these, see evaluation.py')
+    add('--class_names',
+        help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
+    add('--cls_labels', help='image-level labels, see train_SEAM.py')
+    add('--mean_classes', nargs='+', metavar='NAME',
+        help='classes to average over, see evaluation.py. Default: those present in the ground truth')
     # networks and settings
-    add('--network', default='network.resnet38_SEAM', help='of SEAM')
-    add('--network_aff', default='network.resnet38_aff', help='of AffinityNet')
-    add('--network_seg', default='network.resnet38_deeplab', help='of the retrained network')
-    add('--backbone', help='model of timm, where these networks are of timm')
+    add('--network', default='network.resnet38_SEAM', help='network of SEAM')
+    add('--network_aff', default='network.resnet38_aff', help='network of AffinityNet')
+    add('--network_seg', default='network.resnet38_deeplab', help='network that is retrained')
+    add('--backbone', help='name of a timm model, for networks of timm')
     add('--weights', default='ilsvrc-cls_rna-a1_cls1000_ep-0001.params', nargs='?',
-        help='what training starts from; without a value none is named, for networks that bring theirs')
-    add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+', help='test scales')
-    add('--alphas', default=[4.0, 24.0], type=float, nargs='+', help='of the CRF; lowest and highest go to AffinityNet')
-    add('--num_workers', default=8, type=int, help='of every script')
-    add('--device', help='of every script that has a network')
+        help='pretrained weights that training starts from; give the flag without a value for networks that load '
+             'their own')
+    add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
+        help='test scales, as factors of the image size')
+    add('--alphas', default=[4.0, 24.0], type=float, nargs='+',
+        help='background exponents of the CRFs; AffinityNet learns from the lowest and the highest')
+    add('--num_workers', default=8, type=int, help='number of worker processes of every script')
+    add('--device', help='device of every script that runs a network')
     # flags for the scripts; they come after those of --toy and --lite0, so they win
     more = functools.partial(add, action='extend', default=[], type=shlex.split, metavar='FLAGS')
-    more('--pretrain', help='for train_SEAM.py in place of ImageNet, with --toy')
+    more('--pretrain', help='flags of the training that replaces ImageNet pretraining, for --toy')
     more('--train', help='more flags for train_SEAM.py: --train="--amp bf16 --accum 2"')
-    more('--train_aff', help='for train_aff.py')
-    more('--infer', help='for infer_SEAM.py')
-    more('--walk', help='for infer_aff.py')
-    more('--train_seg', help='for train_seg.py')
-    more('--seg', help='for infer_seg.py')
+    more('--train_aff', help='more flags for train_aff.py')
+    more('--infer', help='more flags for infer_SEAM.py')
+    more('--walk', help='more flags for infer_aff.py')
+    more('--train_seg', help='more flags for train_seg.py')
+    more('--seg', help='more flags for infer_seg.py')
     return parser
 
 

@@ -21,8 +21,8 @@ from tool.files import describe
 from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
-from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, absent_classes, common_classes, describe_unknown,
-                         join_first, get_img_path, load_class_names, load_img_name_list, read_labels)
+from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, absent_classes, common_classes,
+                         describe_unknown, join_first, get_img_path, load_class_names, load_img_name_list, read_labels)
 from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'

@@ -191,8 +191,8 @@ def check_spelling(names, source):
             raise BadInput(f'{source} has the number {name} for a class: write names, or list the classes in '
                            '--class_names')
         if by_lower_case[lower] != name:
-            raise BadInput(f'{source} has the classes "{name}" and "{by_lower_case[lower]}": write one as the other, or '
-                           'list both in --class_names')
+            raise BadInput(f'{source} has the classes "{name}" and "{by_lower_case[lower]}": write one as the other, '
+                           'or list both in --class_names')
         if lower in SPLITS:
             raise BadInput(f'{source} has the class {name}, as in a column that splits the images: delete that column, '
                            'or write a header and --label_columns')
@@ -339,8 +339,8 @@ def main(args):
         print(f'{what:24}' + f'{"":9}'.join(f'{len(names_of.keys() & set(images)):8}' for images in (train, val)))
     common = common_classes({name: labels[name] for name in train}, class_names)
     if common:
-        print(f'warning: every image of train.txt shows {", ".join(common)}, so nothing is to be told apart: add images '
-              'without it, with an empty field for their classes (sky.jpg,)')
+        print(f'warning: every image of train.txt shows {", ".join(common)}, so it cannot be learned: add images without '
+              'it, with an empty field for their classes (sky.jpg,)')
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])
