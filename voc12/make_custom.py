@@ -339,8 +339,8 @@ def main(args):
         print(f'{what:24}' + f'{"":9}'.join(f'{len(names_of.keys() & set(images)):8}' for images in (train, val)))
     common = common_classes({name: labels[name] for name in train}, class_names)
     if common:
-        print(f'warning: every image of train.txt shows {", ".join(common)}, so it cannot be learned: add images without '
-              'it, with an empty field for their classes (sky.jpg,)')
+        print(f'warning: every image of train.txt shows {", ".join(common)}, so it cannot be learned: add images '
+              'without it, with an empty field for their classes (sky.jpg,)')
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])
