@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import done, run
 from network import seam, slim_deeplab, slim_SEAM
 from network.base import Network
 from network.weights import load_weights
-from test_scripts import done, run
 from tool import training
 from tool.cli import BadInput, import_network
 

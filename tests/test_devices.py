@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from test_scripts import refused, run
+from helpers import refused, run
 from tool import cli, devices, torchutils, training
 from tool.cli import BadInput
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import evaluation
 from conftest import GOLDEN, golden
-from test_scripts import done, refused, run
+from helpers import done, refused, run
 from tool import image_files, metrics, visualization
 
 

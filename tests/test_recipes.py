@@ -13,11 +13,9 @@ import torch
 import torchvision
 
 from conftest import ROOT
-from test_scripts import done, run
+from helpers import LIST, OURS, done, forget_modules, fresh_imports, run
 
-OURS = ('tool', 'network', 'voc12', 'train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'evaluation')
 EDITS = open(os.path.join(ROOT, 'network', 'README.md'), encoding='utf-8').read()
-LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 TRAIN = ['--train_list', LIST, '--batch_size', '2', '--max_epochs', '1', '--num_workers', '0', '--crop_size', '64',
          '--resize_long', '64', '80']
 
@@ -42,11 +40,6 @@ def read_recipes():
 RECIPES = read_recipes()
 
 
-def forget_modules():
-    """Our modules are imported anew from now on. Returns those that there were."""
-    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] in OURS}
-
-
 @pytest.fixture(scope='module')
 def drawings(tmp_path_factory):
     folder = tmp_path_factory.mktemp('drawings')
@@ -61,12 +54,10 @@ def copy(drawings, tmp_path, monkeypatch):
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in OURS[3:]:
         shutil.copy(os.path.join(ROOT, name + '.py'), tmp_path)
-    before = forget_modules()
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(drawings)
-    yield tmp_path
-    forget_modules()
-    sys.modules.update(before)
+    monkeypatch.syspath_prepend(tmp_path)
+    with fresh_imports():
+        yield tmp_path
 
 
 def apply_recipe(copy, title):

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
+from helpers import done, names_of, refused, run
 from network import resnet38d, slim_deeplab
-from test_scripts import done, names_of, refused, run
 from tool import training
 from tool.image_files import read_label_map, save_label_map
 from tool.score_files import load_scores

@@ -1,54 +1,13 @@
 """The scripts through the command line: the whole pipeline on a tiny toy set, and one test per bad input."""
-import contextlib
 import importlib.util
-import io
-import os
-import runpy
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
-
-SEAM, AFF = 'network.slim_SEAM', 'network.slim_aff'
-
-
-def shell(cwd, script, *args):
-    """Runs a script of the repository in the folder `cwd`, as a user would."""
-    return subprocess.run([sys.executable, os.path.join(ROOT, script + '.py'), *map(str, args)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300)
-
-
-def run(cwd, script, *args):
-    """As `shell`, command line and exit code included, but in this process: no seconds of importing torch."""
-    path, out, err, code = os.path.join(ROOT, script + '.py'), io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, 'argv', [path, *map(str, args)])
-        try:
-            runpy.run_path(path, run_name='__main__')
-        except SystemExit as stop:
-            code = stop.code
-    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
-
-
-def done(result):
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def refused(result, *words):
-    """Exit code 2, no traceback, and a last line that holds all the words."""
-    assert result.returncode == 2, f'exit code {result.returncode}: {result.stderr}'
-    assert 'Traceback' not in result.stderr
-    line = result.stderr.strip().split('\n')[-1]
-    assert all(str(word) in line for word in words), line
-    return line
+from helpers import AFF, SEAM, done, names_of, refused, run, shell
 
 
 @pytest.fixture(scope='module')
@@ -56,34 +15,30 @@ def pipeline(tmp_path_factory):
     """A folder in which every stage has run, each on the output of the one before; stdout by stage."""
     root = tmp_path_factory.mktemp('pipeline')
     out = {}
-    out['toy'] = done(shell(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72,
-                            '--classes', 3))
+    out['toy'] = done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72,
+                          '--classes', 3))
     lists = 'VOC2012/ImageSets/Segmentation/train.txt'
     small = ['--train_list', lists, '--crop_size', 64, '--batch_size', 4, '--num_workers', 0]
     seam = [*small, '--network', SEAM, '--resize_long', 64, 80]
-    out['pretrain'] = done(shell(root, 'train_SEAM', *seam, '--max_epochs', 1, '--classifier_only',
-                                 '--train_bn', '--session_name', 'runs/pre'))
+    out['pretrain'] = done(run(root, 'train_SEAM', *seam, '--max_epochs', 1, '--classifier_only',
+                               '--train_bn', '--session_name', 'runs/pre'))
     out['seam'] = done(shell(root, 'train_SEAM', *seam, '--max_epoches', 1, '--weights', 'runs/pre.pth',
                              '--session_name', 'runs/seam', '--val_list', 'unused.txt'))
-    out['infer'] = done(shell(root, 'infer_SEAM', '--network', SEAM, '--weights', 'runs/seam.pth',
-                              '--infer_list', lists, '--scales', 0.5, 1, '--out_cam', 'out/cam', '--out_crf', 'out/crf',
-                              '--out_cam_pred', 'out/cam_pred', '--num_workers', 1))
-    out['curve'] = done(shell(root, 'evaluation', '--list', lists, '--predict_dir', 'out/cam', '--comment', 'seam cam',
-                              '--type', 'npy', '--curve', 'True'))
-    out['crf'] = done(shell(root, 'evaluation', '--list', lists, '--predict_dir', 'out/crf_4.0', '--comment', 'crf',
-                            '--type', 'crf'))
-    out['aff'] = done(shell(root, 'train_aff', *small, '--network', AFF, '--weights', 'runs/pre_backbone.pth',
-                            '--la_crf_dir', 'out/crf_4.0', '--ha_crf_dir', 'out/crf_24.0', '--max_epochs', 1,
-                            '--session_name', 'runs/aff'))
-    out['walk'] = done(shell(root, 'infer_aff', '--network', AFF, '--weights', 'runs/aff.pth', '--infer_list', lists,
-                             '--cam_dir', 'out/cam', '--out_rw', 'out/rw', '--num_workers', 0))
-    out['png'] = done(shell(root, 'evaluation', '--list', lists, '--predict_dir', 'out/rw', '--comment', 'walk',
-                            '--type', 'png', '--curve', 'False'))
+    out['infer'] = done(run(root, 'infer_SEAM', '--network', SEAM, '--weights', 'runs/seam.pth',
+                            '--infer_list', lists, '--scales', 0.5, 1, '--out_cam', 'out/cam', '--out_crf', 'out/crf',
+                            '--out_cam_pred', 'out/cam_pred', '--num_workers', 1))
+    out['curve'] = done(run(root, 'evaluation', '--list', lists, '--predict_dir', 'out/cam', '--comment', 'seam cam',
+                            '--type', 'npy', '--curve', 'True'))
+    out['crf'] = done(run(root, 'evaluation', '--list', lists, '--predict_dir', 'out/crf_4.0', '--comment', 'crf',
+                          '--type', 'crf'))
+    out['aff'] = done(run(root, 'train_aff', *small, '--network', AFF, '--weights', 'runs/pre_backbone.pth',
+                          '--la_crf_dir', 'out/crf_4.0', '--ha_crf_dir', 'out/crf_24.0', '--max_epochs', 1,
+                          '--session_name', 'runs/aff'))
+    out['walk'] = done(run(root, 'infer_aff', '--network', AFF, '--weights', 'runs/aff.pth', '--infer_list', lists,
+                           '--cam_dir', 'out/cam', '--out_rw', 'out/rw', '--num_workers', 0))
+    out['png'] = done(run(root, 'evaluation', '--list', lists, '--predict_dir', 'out/rw', '--comment', 'walk',
+                          '--type', 'png', '--curve', 'False'))
     return root, out
-
-
-def names_of(root):
-    return (root / 'VOC2012/ImageSets/Segmentation/train.txt').read_text().split()
 
 
 def test_training_writes_a_bare_state_dict_and_its_log(pipeline):

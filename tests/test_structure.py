@@ -3,11 +3,12 @@ import ast
 import glob
 import importlib
 import os
+import sys
 
 import pytest
 
 from conftest import ROOT
-from test_scripts import refused, run, shell
+from helpers import fresh_imports, refused, run
 
 SCRIPTS = ('train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'train_seg', 'infer_seg', 'evaluation')
 # what a folder may import of ours; the scripts may import all three
@@ -129,9 +130,16 @@ NOT_THERE = {
 }
 
 
+OUR_FOLDERS = [ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'by_hand')]
+
+
 @pytest.mark.parametrize('command', COMMANDS)
-def test_help_from_any_folder(command, tmp_path):
-    shown = shell(tmp_path, command, '--help')
+def test_help_from_any_folder(command, tmp_path, monkeypatch):
+    """As in a process of its own: nothing of ours is imported, and the path has only the folder of the command."""
+    own = [os.path.dirname(os.path.join(ROOT, command))]
+    monkeypatch.setattr(sys, 'path', own + [path for path in sys.path if path and path not in OUR_FOLDERS])
+    with fresh_imports():
+        shown = run(tmp_path, command, '--help')
     assert shown.returncode == 0 and shown.stdout.startswith('usage:') and not shown.stderr
     assert not os.listdir(tmp_path)
 

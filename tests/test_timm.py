@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import train_SEAM
+from helpers import done, names_of, refused, run
 from network.resnet38_SEAM import Net as ResNet38
 from network.slim_SEAM import Net as SlimNet
 from network.weights import load_trained, load_weights
-from test_scripts import done, names_of, refused, run
 from tool.cli import BadInput
 from tool.imutils import MEAN, STD
 
