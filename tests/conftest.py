@@ -3,7 +3,10 @@ import resource
 import signal
 import sys
 
-os.environ['OMP_NUM_THREADS'] = '2'     # also of the processes that tests start: sums depend on it
+os.environ['OMP_NUM_THREADS'] = '1'     # also of the processes that tests start: sums depend on it
+# and they find --network tiny_SEAM
+os.environ['PYTHONPATH'] = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)),
+                                            *filter(None, [os.environ.get('PYTHONPATH')])])
 os.environ['CUDA_VISIBLE_DEVICES'] = ''     # many tests compare bits, which a GPU does not promise
 
 import numpy as np
@@ -30,8 +33,10 @@ def close(actual, expected, limit):
 
 
 def filled(net, salt='dev'):
-    """The network with the golden runs' weights, which depend on names and shapes alone."""
+    """The network with the golden runs' weights, which depend on names and shapes alone. Of full width, it has two
+    threads until the test ends."""
     from fill_weights import fill
+    torch.set_num_threads(2)
     fill(net.state_dict(), salt)
     return net
 
@@ -49,10 +54,11 @@ def aff_net():
 
 
 @pytest.fixture(autouse=True)
-def _threads():
-    torch.set_num_threads(2)
+def _threads(request):
+    """One thread is quicker on small networks, two on those of full width."""
+    torch.set_num_threads(2 if {'seam_net', 'aff_net'} & set(request.fixturenames) else 1)
     yield
-    torch.set_num_threads(2)        # for the fixtures of the next module, which come before its first test
+    torch.set_num_threads(1)        # for the fixtures of the next module, which come before its first test
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from conftest import ROOT
 # what this repository imports of its own
 OURS = ('tool', 'network', 'voc12', 'train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'train_seg', 'infer_seg',
         'evaluation')
-SEAM, AFF = 'network.slim_SEAM', 'network.slim_aff'
+SEAM, AFF = 'tiny_SEAM', 'tiny_aff'
 LIST = 'VOC2012/ImageSets/Segmentation/train.txt'       # of a toy set
 
 

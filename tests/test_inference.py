@@ -17,15 +17,14 @@ from PIL import Image
 
 import infer_SEAM
 import infer_aff
+import tiny_aff
+import tiny_SEAM
 from conftest import ROOT
-from network import slim_SEAM, slim_aff
-from test_scripts import AFF, SEAM, done, refused, run
+from helpers import AFF, LIST, SEAM, done, names_of, refused, run
 from tool import crf, image_files, outputs, score_files, torchutils, training, visualization, workers
 from tool.cli import BadInput, CannotWrite
 from tool.on_error import Errors
 from voc12.data import VOC12ClsDatasetMSF
-
-LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +33,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('inference')
     done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 10, '--size', 64, 64, '--classes', 3))
     torch.manual_seed(0)
-    for module, name in ((slim_SEAM, 'seam'), (slim_aff, 'aff')):
+    for module, name in ((tiny_SEAM, 'seam'), (tiny_aff, 'aff')):
         net = module.Net()
         torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
         training.save_weights(net, str(root / f'{name}.pth'))
@@ -51,10 +50,6 @@ def cams(root, *more):
 def walk(root, *more):
     return run(root, 'infer_aff', '--network', AFF, '--weights', 'aff.pth', '--infer_list', LIST, '--cam_dir', 'cam',
                '--out_rw', 'rw', '--num_workers', 0, *more)
-
-
-def names_of(root):
-    return (root / LIST).read_text().split()
 
 
 def contents(folder):
@@ -342,7 +337,7 @@ def test_flags_of_the_walk_out_of_range(data, tmp_path, flags):
 def test_walk_of_nan_is_no_background(data, tmp_path, monkeypatch):
     weights = torch.load(data / 'aff.pth', weights_only=True)
     weights['f9.weight'][0] = float('nan')
-    net = slim_aff.Net().eval()
+    net = tiny_aff.Net().eval()
     net.load_state_dict(weights)
     with torch.no_grad():
         scores = infer_aff.walk_image(net, torch.zeros(3, 64, 64), {0: np.ones((60, 62), np.float32)}, 6, 8, 2)
@@ -678,7 +673,7 @@ def test_scores_of_the_walk_where_nothing_is_above_zero_are_background():
 @pytest.fixture(scope='module')
 def net():
     torch.manual_seed(1)
-    net = slim_SEAM.Net()
+    net = tiny_SEAM.Net()
     torchutils.calibrate_batch_norm(net, [torch.randn(4, 3, 64, 64)])
     return net.eval()
 
@@ -724,7 +719,7 @@ def test_pcm_in_blocks_equals_pcm_at_once(net, monkeypatch):
 
 def test_no_pcm_gives_the_plain_map_twice():
     with torch.no_grad():
-        cam, cam_rv = slim_SEAM.Net(pcm=False).eval()(torch.randn(1, 3, 32, 32))
+        cam, cam_rv = tiny_SEAM.Net(pcm=False).eval()(torch.randn(1, 3, 32, 32))
     assert torch.equal(cam, cam_rv)
 
 

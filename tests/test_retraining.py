@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_deeplab
+import tiny_SEAM
 from conftest import ROOT
-from helpers import done, names_of, refused, run
-from network import resnet38d, slim_deeplab
+from helpers import LIST, done, names_of, refused, run
 from tool import training
 from tool.image_files import read_label_map, save_label_map
 from tool.score_files import load_scores
 
-LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 TRUTH = 'VOC2012/SegmentationClass'
-NETWORK = 'network.slim_deeplab'
+NETWORK = 'tiny_deeplab'
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('retraining')
     done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72, '--classes', 3))
     torch.manual_seed(0)
-    torch.save(slim_deeplab.Net().state_dict(), root / 'start.pth')
+    torch.save(tiny_deeplab.Net().state_dict(), root / 'start.pth')
     return root
 
 
@@ -166,9 +166,8 @@ def test_two_ranks_equal_one_with_frozen_batch_norm(data, frozen):
 
 
 def test_start_from_weights_of_the_backbone_or_of_another_network(data, tmp_path):
-    from network import slim_SEAM
     torch.manual_seed(1)
-    for net in (resnet38d.SlimNet(), slim_SEAM.Net()):
+    for net in (tiny_SEAM.Backbone(), tiny_SEAM.Net()):
         torch.save(net.state_dict(), tmp_path / 'other.pth')
         out = done(train(data, tmp_path / 'x', '--weights', tmp_path / 'other.pth', '--max_iters', 1, '--lr', 0))
         assert 'new, randomly initialised: conv_fov.weight' in out
@@ -206,7 +205,7 @@ def test_label_maps_of_0_and_255_alone_are_warned_of_and_one_of_255_everywhere_t
 @pytest.mark.parametrize('flags, words', [
     (('--label_dir', '.'), ('.png', '--label_dir')), (('--label_dir', 'none'), ('none', '--label_dir')),
     (('--batch_size', 100), ('9 images', '--batch_size')), (('--scale_range', 2, 1), ('--scale_range',)),
-    (('--network', 'network.slim_SEAM'), ('network.slim_SEAM', 'segmentation')), (('--sync_bn',), ('--sync_bn',)),
+    (('--network', 'tiny_SEAM'), ('tiny_SEAM', 'segmentation')), (('--sync_bn',), ('--sync_bn',)),
     (('--backbone', 'resnet18'), ('--backbone resnet18', NETWORK))])
 def test_flags_that_cannot_be(data, tmp_path, flags, words):
     refused(train(data, tmp_path / 'x', *flags), *words)
@@ -220,7 +219,7 @@ def test_frozen_batch_norm_of_random_weights_is_refused(data, tmp_path):
 def test_inference_without_outputs_and_with_other_weights(data, plain, tmp_path):
     flags = '--network', NETWORK, '--infer_list', LIST
     refused(run(data, 'infer_seg', *flags, '--weights', 'plain.pth'), '--out_seg', '--out_prob')
-    torch.save(resnet38d.SlimNet().state_dict(), tmp_path / 'other.pth')
+    torch.save(tiny_SEAM.Backbone().state_dict(), tmp_path / 'other.pth')
     refused(run(data, 'infer_seg', *flags, '--weights', tmp_path / 'other.pth', '--out_seg', tmp_path / 'seg'),
             'other.pth', 'missing: conv_fov.weight')
 

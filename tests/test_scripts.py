@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import AFF, SEAM, done, names_of, refused, run, shell
+from helpers import AFF, LIST, SEAM, done, names_of, refused, run, shell
 
 
 @pytest.fixture(scope='module')
@@ -17,7 +17,7 @@ def pipeline(tmp_path_factory):
     out = {}
     out['toy'] = done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72,
                           '--classes', 3))
-    lists = 'VOC2012/ImageSets/Segmentation/train.txt'
+    lists = LIST
     small = ['--train_list', lists, '--crop_size', 64, '--batch_size', 4, '--num_workers', 0]
     seam = [*small, '--network', SEAM, '--resize_long', 64, 80]
     out['pretrain'] = done(run(root, 'train_SEAM', *seam, '--max_epochs', 1, '--classifier_only',
@@ -44,7 +44,7 @@ def pipeline(tmp_path_factory):
 def test_training_writes_a_bare_state_dict_and_its_log(pipeline):
     root, out = pipeline
     weights = torch.load(root / 'runs/seam.pth', weights_only=True)
-    assert weights['fc8.weight'].shape == (21, 1024, 1, 1) and not any(name.startswith('module.') for name in weights)
+    assert weights['fc8.weight'].shape == (21, 256, 1, 1) and not any(name.startswith('module.') for name in weights)
     assert out['seam'].count('Iter:    0/    2 loss:') == 1
     assert 'Iter:    0/    2 loss:' in (root / 'runs/seam.log').read_text()
     assert not list(root.glob('runs/.*'))
@@ -96,7 +96,7 @@ def test_pair_counts_are_in_the_affinity_log(pipeline):
 
 def test_same_seed_gives_the_same_weights(pipeline, tmp_path):
     root, _ = pipeline
-    done(run(root, 'train_SEAM', '--train_list', 'VOC2012/ImageSets/Segmentation/train.txt', '--crop_size', 64,
+    done(run(root, 'train_SEAM', '--train_list', LIST, '--crop_size', 64,
              '--batch_size', 4, '--num_workers', 0, '--network', SEAM, '--resize_long', 64, 80, '--max_epoches', 1,
              '--weights', 'runs/pre.pth', '--session_name', tmp_path / 'again'))
     first, again = (torch.load(path, weights_only=True) for path in (root / 'runs/seam.pth', tmp_path / 'again.pth'))
@@ -122,7 +122,7 @@ def test_every_stage_runs_with_other_classes(tmp_path, count):
     names = tmp_path / 'names.txt'
     names.write_bytes(b'\xef\xbb\xbf' + ''.join(f'traffic light {i}\r\n' for i in range(count)).encode())
     classes = '--class_names', names, '--num_workers', 0
-    lists = 'VOC2012/ImageSets/Segmentation/train.txt'
+    lists = LIST
     done(run(tmp_path, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 64, '--class_names', names))
     train = ('--train_list', lists, '--batch_size', 4, '--max_epochs', 1, *classes)
     done(run(tmp_path, 'train_SEAM', *train, '--network', SEAM, '--crop_size', 48, '--resize_long', 48, 64,
@@ -146,7 +146,7 @@ def test_every_stage_runs_with_other_classes(tmp_path, count):
 def test_weights_of_other_classes_need_reset_head(pipeline, tmp_path):
     root, _ = pipeline
     (tmp_path / 'names.txt').write_text('aeroplane\nbicycle\nbird\n')
-    flags = ('--train_list', 'VOC2012/ImageSets/Segmentation/train.txt', '--crop_size', 48, '--resize_long', 48, 64,
+    flags = ('--train_list', LIST, '--crop_size', 48, '--resize_long', 48, 64,
              '--batch_size', 8, '--num_workers', 0, '--max_epochs', 1, '--network', SEAM, '--weights', 'runs/seam.pth',
              '--class_names', tmp_path / 'names.txt', '--session_name', tmp_path / 'new')
     refused(run(root, 'train_SEAM', *flags), 'runs/seam.pth', '21 outputs', '3 classes (--class_names)', '--reset_head')
@@ -272,7 +272,7 @@ def test_missing_weights_file_leaves_the_last_log(voc):
 
 
 def make_start(voc):
-    from network.slim_SEAM import Net
+    from tiny_SEAM import Net
     torch.save(Net().state_dict(), voc / 'random.pth')
     return voc / 'random.pth'
 

@@ -1,12 +1,15 @@
 """Resume, seeds, ranks and parts of batches: all of them end with the weights of the plain run."""
 import errno
 import json
-import multiprocessing
 import os
+import pickle
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -14,40 +17,40 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_aff
+import tiny_SEAM
 import train_SEAM
 from conftest import ROOT
-from network import slim_SEAM, slim_aff
-from test_scripts import done, refused, run
+from helpers import AFF, LIST, SEAM, done, names_of, refused, run
 from tool import cli, metrics, pyutils, torchutils, training, visualization
 from voc12.lists import load_labels
 
-LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 VALIDATE = {'train_SEAM': ('--val_every', 1, '--val_list', 'VOC2012/ImageSets/Segmentation/val.txt'), 'train_aff': ()}
 NEGATIVES = {'train_SEAM': ('--cls_labels', 'negatives.npy'), 'train_aff': ()}
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """A toy set of 12 training images, weights to start from, and CRF files for AffinityNet."""
+    """A toy set of 8 training images, weights to start from, and CRF files for AffinityNet."""
     root = tmp_path_factory.mktemp('training')
-    done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 16, '--size', 64, 64, '--classes', 3))
+    done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 11, '--size', 64, 64, '--classes', 3))
     torch.manual_seed(0)
-    for module, name in ((slim_SEAM, 'seam'), (slim_aff, 'aff')):
+    for module, name in ((tiny_SEAM, 'seam'), (tiny_aff, 'aff')):
         net = module.Net()
         torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
         training.save_weights(net, str(root / f'{name}_start.pth'))
     rng = np.random.default_rng(0)
     for folder in ('la', 'ha'):
         (root / folder).mkdir()
-        for name in (root / LIST).read_text().split():
+        for name in names_of(root):
             from PIL import Image
             w, h = Image.open(root / f'VOC2012/JPEGImages/{name}.jpg').size
             scores = np.float32(rng.random((3, h // 16 + 1, w // 16 + 1)) ** 4).repeat(16, 1).repeat(16, 2)[:, :h, :w]
             np.save(root / folder / f'{name}.npy', dict(enumerate(scores / scores.sum(axis=0))))
-    names, held_out = ((root / path).read_text().split() for path in (LIST, LIST.replace('train', 'val')))
+    names, held_out = names_of(root), (root / LIST.replace('train', 'val')).read_text().split()
     labels = load_labels(names + held_out, 'none.npy', str(root / 'VOC2012'))
     np.save(root / 'negatives.npy', {name: label * (name not in names[::2]) for name, label in labels.items()})
-    (root / 'four.txt').write_text('\n'.join((root / LIST).read_text().split()[:4]))
+    (root / 'four.txt').write_text('\n'.join(names[:4]))
     return root
 
 
@@ -55,8 +58,8 @@ def flags(script, session, *more):
     start = 'seam' if script == 'train_SEAM' else 'aff'
     own = ('--resize_long', 48, 64) if start == 'seam' else ('--la_crf_dir', 'la', '--ha_crf_dir', 'ha')
     return ('--train_list', LIST, '--crop_size', 48, '--batch_size', 4, '--max_epochs', 2, '--num_workers', 0,
-            '--network', f'network.slim_{"SEAM" if start == "seam" else "aff"}', '--weights', f'{start}_start.pth',
-            '--session_name', session, *own, *more)
+            '--network', SEAM if start == 'seam' else AFF, '--weights', f'{start}_start.pth', '--session_name', session,
+            *own, *more)
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +101,7 @@ def test_run_stopped_by_sigterm_and_resumed_ends_with_the_same_weights(data, pla
     monkeypatch.setattr(training.StopOnSignal, '__enter__', lambda self: setattr(self, 'number', 15) or self)
     monkeypatch.setattr(training.StopOnSignal, '__exit__', lambda *_: None)
     session = f'stopped_{script}'
-    for step in range(6):
+    for step in range(4):
         resume = ('--resume', '--num_workers', step % 3) if step else ()
         result = run(data, script, *flags(script, session, *resume))
         assert result.returncode == 143 and f'after {step + 1} steps' in result.stdout
@@ -106,23 +109,68 @@ def test_run_stopped_by_sigterm_and_resumed_ends_with_the_same_weights(data, pla
     done(run(data, script, *flags(script, session, '--resume')))
     assert same(plain[script], weights(data / f'{session}.pth'))
     log = (data / f'{session}.log').read_text()
-    assert log.count('Iter:    0/    6') == 1 and log.count('torch') == 7
+    assert log.count('Iter:    0/    4') == 1 and log.count('torch') == 5
+
+
+@pytest.fixture(scope='module')
+def trainer(data):
+    """A process, in a group of its own, that trains with the flags of each line: importing torch takes seconds."""
+    script = os.path.join(ROOT, 'train_SEAM.py')
+    code = f"""
+import runpy, shlex, sys
+sys.path.insert(0, {ROOT!r})
+for line in sys.stdin:
+    sys.argv = [{script!r}, *shlex.split(line)]
+    try:
+        runpy.run_path({script!r}, run_name='__main__')
+    except SystemExit as stop:
+        print('exit code', stop.code, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, '-c', code], start_new_session=True, cwd=data, text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    alarm = threading.Timer(400, process.kill)
+    alarm.start()
+    yield process
+    alarm.cancel()
+    process.kill()
+    process.communicate()
+
+
+def start_training(trainer, session, until, *more):
+    """Training without end; comes back when until() is true."""
+    line = shlex.join(map(str, flags('train_SEAM', session, '--max_epochs', 10000, '--num_workers', 1, *more)))
+    print(line, file=trainer.stdin, flush=True)
+    while not until():
+        assert trainer.poll() is None, trainer.stdout.read()
+        time.sleep(.05)
+
+
+def wait_for_the_end(trainer):
+    """What the training printed, the line with the exit code included."""
+    lines = ['']
+    while not lines[-1].startswith('exit code'):
+        lines.append(trainer.stdout.readline())
+        assert lines[-1], ''.join(lines)
+    return ''.join(lines)
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_to_the_whole_process_group_ends_the_step_and_saves(data, number):
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_SEAM.py'),
-                                *map(str, flags('train_SEAM', f'signal{number}', '--max_epochs', 10000,
-                                                 '--num_workers', 1))], start_new_session=True,
-                               cwd=data, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_signal_to_the_whole_process_group_ends_the_step_and_saves(data, trainer, number):
     log = data / f'signal{number}.log'
-    while not (log.exists() and 'Iter:' in log.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(.1)
-    os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and '--resume goes on' in out and 'Traceback' not in err
+    start_training(trainer, log.stem, lambda: log.exists() and 'Iter:' in log.read_text())
+    os.killpg(trainer.pid, number)
+    out = wait_for_the_end(trainer)
+    assert f'exit code {128 + number}\n' in out and '--resume goes on' in out and 'Traceback' not in out
     assert weights(data / f'signal{number}_last.pth')['step'] >= 1
+
+
+def test_killed_loader_worker_is_told_and_the_checkpoint_stays(data, trainer):
+    start_training(trainer, 'orphan', (data / 'orphan_last.pth').exists, '--save_every', 1)
+    for child in subprocess.run(['pgrep', '-P', str(trainer.pid)], capture_output=True, text=True).stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    out = wait_for_the_end(trainer)
+    assert 'a loader process was killed' in out and 'exit code 2\n' in out
+    assert weights(data / 'orphan_last.pth')['step'] >= 1
 
 
 def test_training_under_nohup_goes_on_when_the_terminal_is_closed():
@@ -181,20 +229,6 @@ def test_every_session_has_a_tensorboard_folder_and_a_resumed_one_hides_later_st
     assert opened == [('tb/a', 0), ('tb/runs/a', 0), ('tb/runs/a', 7), ('tb/runs/a', 0)]
 
 
-def test_killed_loader_worker_is_told_and_the_checkpoint_stays(data):
-    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train_SEAM.py'),
-                                *map(str, flags('train_SEAM', 'orphan', '--max_epochs', 10000, '--num_workers', 1,
-                                                '--save_every', 1))],
-                               cwd=data, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not (data / 'orphan_last.pth').exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(.1)
-    for child in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split():
-        os.kill(int(child), signal.SIGKILL)
-    assert 'a loader process was killed' in process.communicate(timeout=60)[1] and process.returncode == 2
-    assert weights(data / 'orphan_last.pth')['step'] >= 1
-
-
 def test_error_nobody_catches_ends_the_loader_workers_too():
     code = """
 import torch
@@ -208,13 +242,17 @@ raise RuntimeError('in the middle')
 
 
 @pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
-def test_loader_processes_that_are_spawned(data, script):
-    """As on Windows and macOS: what they get is pickled."""
-    multiprocessing.set_start_method('spawn', force=True)
-    try:
-        done(run(data, script, *flags(script, f'spawn_{script}', *ONE_STEP, '--num_workers', 1)))
-    finally:
-        multiprocessing.set_start_method('fork', force=True)
+def test_loader_processes_can_be_spawned(data, script, monkeypatch):
+    """As on Windows and macOS: what they get is pickled. None is started here, for it would import torch."""
+    class Pickled(torch.utils.data.DataLoader):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            pickled.append(pickle.dumps((self.dataset, self.collate_fn, self.worker_init_fn)))
+
+    pickled = []
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', Pickled)
+    done(run(data, script, *flags(script, f'spawn_{script}', *ONE_STEP)))
+    assert pickled
 
 
 def test_workers_do_not_change_the_weights(data, plain):
@@ -352,14 +390,14 @@ def test_failed_save_keeps_the_checkpoint_before(data, plain, monkeypatch, tmp_p
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(cli.BadInput, match='No space left'):
-        training.save_weights(slim_aff.Net(), str(last))
+        training.save_weights(tiny_aff.Net(), str(last))
     assert last.read_bytes() == before and not list(data.glob('.plain*'))
 
 
 def test_full_disk_keeps_the_weights_before(tmp_path, small_files):
     (tmp_path / 'x.pth').write_bytes(b'before')
     with pytest.raises(cli.BadInput, match='cannot write .*x.pth'):
-        training.save_weights(slim_aff.Net(), str(tmp_path / 'x.pth'))
+        training.save_weights(tiny_aff.Net(), str(tmp_path / 'x.pth'))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('x.pth', b'before')]
 
 
@@ -383,31 +421,46 @@ def test_parts_of_a_batch_add_up_to_the_batch(data, still, script, monkeypatch):
     assert distance(whole, weights(data / 'parts.pth'), start) < 1e-3       # a wrong factor makes this 0.1 and more
 
 
-@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
-def test_two_ranks_equal_one(data, still, script, tmp_path):
-    """Gloo on the CPU through torchrun, several steps; the ranks share the validation."""
-    (tmp_path / 'still.py').write_text(
-        'import runpy, sys, torch\n'
-        'torch.nn.Dropout2d.forward = lambda self, x: x\n'
-        f'sys.path.insert(0, {ROOT!r})\n'
-        'sys.argv = sys.argv[1:]\n'
-        'runpy.run_path(sys.argv[0], run_name="__main__")\n')
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', tmp_path / 'still.py',
-         os.path.join(ROOT, script + '.py'),
-         *map(str, flags(script, 'ranks', '--lr', 1e-3, '--log_every', 5, *NEGATIVES[script], *VALIDATE[script]))],
-        cwd=data, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+@pytest.fixture(scope='module')
+def ranks(data, tmp_path_factory):
+    """What two ranks print through torchrun, gloo on the CPU, that train for several steps with one script and then,
+    meeting at another port, with the other; they share the validation."""
+    commands = [[os.path.join(ROOT, script + '.py'), *map(str, flags(script, f'ranks_{script}', '--lr', 1e-3,
+                                                                     '--log_every', 3, *NEGATIVES[script],
+                                                                     *VALIDATE[script]))]
+                for script in ('train_SEAM', 'train_aff')]
+    with socket.create_server(('127.0.0.1', 0)) as free:
+        port = free.getsockname()[1]
+    code = tmp_path_factory.mktemp('ranks') / 'still.py'
+    code.write_text(f"""
+import os, runpy, sys, torch
+torch.nn.Dropout2d.forward = lambda self, x: x
+sys.path.insert(0, {ROOT!r})
+for sys.argv in {commands}:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+    os.environ.update(MASTER_PORT='{port}', TORCHELASTIC_USE_AGENT_STORE='False')
+""")
+    result = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', code],
+                            cwd=data, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count('Iter:    0/    6') == result.stdout.count('Iter:    5/    6') == 1   # of rank 0 alone
-    assert 'FutureWarning' not in result.stderr and 'process_group' not in result.stderr
-    shown, alone = (json.loads((data / f'{session}.jsonl').read_text().splitlines()[0])
-                    for session in ('ranks', f'still_{script}'))
+    return result
+
+
+def test_only_the_first_rank_prints_and_nothing_is_warned_of(ranks):
+    assert ranks.stdout.count('Iter:    0/    4') == ranks.stdout.count('Iter:    3/    4') == 2      # of both scripts
+    assert ranks.stdout.count('images 3, masks 3') == 2         # a validation of train_SEAM.py after each epoch
+    assert 'FutureWarning' not in ranks.stderr and 'process_group' not in ranks.stderr
+
+
+@pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
+def test_two_ranks_equal_one(data, still, ranks, script):
+    shown, alone = (json.loads((data / f'{session}_{script}.jsonl').read_text().splitlines()[0])
+                    for session in ('ranks', 'still'))
     for name in alone:          # the losses of all ranks' images, not of the first's alone
         if 'loss' in name or 'cnt' in name:
             assert shown[name] == pytest.approx(alone[name], rel=1e-3), name
-    assert result.stdout.count('images 4, masks 4') == (2 if script == 'train_SEAM' else 0)
     whole, start = still[script]
-    assert distance(whole, weights(data / 'ranks.pth'), start) < 1e-3
+    assert distance(whole, weights(data / f'ranks_{script}.pth'), start) < 1e-3
 
 
 def test_batch_that_does_not_divide(data):
@@ -442,13 +495,13 @@ def test_classifier_is_fitted_to_every_image_once_whatever_batches_and_ranks(mon
 
 def test_record_of_every_print_step(data, plain):
     record, last = [json.loads(line) for line in (data / 'plain_train_SEAM.jsonl').read_text().splitlines()]
-    assert last['step'] == 5
+    assert last['step'] == 3
     assert record['step'] == 0 and record['epoch'] == 0 and record['lr'] == 0.01 and record['memory_gib'] > 0
     assert {'loss', 'loss_cls1', 'loss_er', 'loss_ecr2', 'mAP', 'images_per_second'} <= set(record)
     head = (data / 'plain_train_SEAM.log').read_text().splitlines()
+    first = next(line for line in head if line.startswith('Iter:'))
     assert 'lr=0.01' in head[0] and f'torch {torch.__version__}' in head[1] and 'revision' in head[1]
-    line = next(line for line in head if line.startswith('Iter:'))
-    assert re.match(r'Iter: +0/ +6 loss:(\d\.\d{4} ?){4}imps:[\d.]+ Fin:.* lr: 0\.0100 mAP: [\d.]+$', line)
+    assert re.match(r'Iter: +0/ +4 loss:(\d\.\d{4} ?){4}imps:[\d.]+ Fin:.* lr: 0\.0100 mAP: [\d.]+$', first)
 
 
 def test_loss_that_is_not_finite_names_step_and_images(data):
