@@ -1,4 +1,5 @@
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -59,6 +60,20 @@ def _threads(request):
     torch.set_num_threads(2 if {'seam_net', 'aff_net'} & set(request.fixturenames) else 1)
     yield
     torch.set_num_threads(1)        # for the fixtures of the next module, which come before its first test
+
+
+@pytest.fixture
+def pickled(monkeypatch):
+    """A list of what loader processes get, pickled as where they are spawned, on Windows and macOS. None is started
+    for it: importing torch takes seconds."""
+    class PickledLoader(torch.utils.data.DataLoader):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            content.append(pickle.dumps((self.dataset, self.collate_fn, self.worker_init_fn)))
+
+    content = []
+    monkeypatch.setattr(torch.utils.data, 'DataLoader', PickledLoader)
+    return content
 
 
 @pytest.fixture

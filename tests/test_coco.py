@@ -331,7 +331,7 @@ def test_two_images_that_would_have_one_name_are_refused(coco):
     rewrite(coco, change('images', 'file_name', 'sub/train_2.png'))
     (coco / 'train2014' / 'sub').mkdir()
     (coco / 'train2014' / 'train_1.jpg').rename(coco / 'train2014' / 'sub' / 'train_2.png')
-    with pytest.raises(BadInput, match='sub/train_2.png and train_2.jpg would both be the image train_2'):
+    with pytest.raises(BadInput, match='sub/train_2.png.*train_2.jpg'):
         run(coco)
 
 
@@ -366,7 +366,7 @@ def test_crowd_as_text_is_a_number(coco):
 @pytest.mark.parametrize('flags', [[], ['--negatives']])
 def test_file_without_any_annotation_is_refused(flags, coco):
     rewrite(coco, change(None, 'annotations', []))
-    with pytest.raises(BadInput, match='no image of train has an annotation .--coco_root'):
+    with pytest.raises(BadInput, match='train.*--coco_root'):
         run(coco, *flags)
 
 
@@ -380,37 +380,37 @@ def test_val_may_be_missing(coco):
 # ---------------------------------------------------------------- bad input
 
 BAD = {
-    'no_images': (change(None, 'images', None), "'images' is missing"),
-    'captions': (change(None, 'categories', None), "'categories' is missing"),
-    'no_categories': (change(None, 'categories', []), "annotation 70: 1 is missing"),
-    'annotations_no_list': (change(None, 'annotations', 7), 'no instances file'),
-    'unknown_image': (change('annotations', 'image_id', 99), 'annotation 70: 99 is missing'),
-    'unknown_category': (change('annotations', 'category_id', 2), 'annotation 70: 2 is missing'),
-    'image_id_missing': (change('annotations', 'image_id', None), "'image_id' is missing"),
-    'category_name_twice': (change('categories', 'name', 'person'), 'names the class person twice'),
+    'no_images': (change(None, 'images', None), "'images'"),
+    'captions': (change(None, 'categories', None), 'categories'),
+    'no_categories': (change(None, 'categories', []), 'annotation 70.*1'),
+    'annotations_no_list': (change(None, 'annotations', 7), 'instances_train2014.json'),
+    'unknown_image': (change('annotations', 'image_id', 99), 'annotation 70.*99'),
+    'unknown_category': (change('annotations', 'category_id', 2), 'annotation 70.*2'),
+    'image_id_missing': (change('annotations', 'image_id', None), 'image_id'),
+    'category_name_twice': (change('categories', 'name', 'person'), 'person'),
     'category_background': (change('categories', 'name', 'background'), 'background'),
-    'folder_above': (change('images', 'file_name', '../train_1.jpg'), 'file name .*train_1.jpg'),
-    'absolute_path': (change('images', 'file_name', '/train_1.jpg'), 'file name'),
-    'no_image_format': (change('images', 'file_name', 'train_1.txt'), 'file name'),
-    'file_name_number': (change('images', 'file_name', 7), 'no instances file'),
-    'half_a_pixel': (change('images', 'width', 30.5), 'size of 30.5 pixels'),
-    'no_size': (change('images', 'height', float('inf')), 'no instances file'),
-    'image_id_twice': (change('images', 'id', 6), 'two images have the same id'),
-    'category_id_twice': (change('categories', 'id', 1), 'two categories have the same id'),
-    'polygon_far_away': (outline([[1, 1, 1e9, 1, 5, 5]]), 'annotation 70: .* no places in an image'),
-    'huge_size': (change('images', 'width', 1e9), 'size of 1000000000.0 pixels'),
-    'one_file_twice': (change('images', 'file_name', 'train_2.jpg'), 'would both be the image train_2'),
-    'category_bg': (change('categories', 'name', '_background_'), 'has the class _background_: delete it'),
-    'endless_polygon': (outline([[1, 1, 5, 1, float('inf'), 5]]), 'no places in an image'),
-    'odd_polygon': (outline([[1, 1, 5, 1, 5, 5, 9]]), 'annotation 70: a polygon needs'),
-    'flat_polygon': (outline(box(1, 1, 2, 2)), 'annotation 70: '),
-    'list_of_run_lengths': (outline([{'size': [H, W], 'counts': [600]}]), 'annotation 70: a polygon needs'),
-    'text_in_polygon': (outline([['a'] * 6]), 'annotation 70: could not convert'),
-    'rle_too_short': (outline({'size': [H, W], 'counts': [1, 2]}), 'do not fill the 20 x 30 pixels'),
-    'rle_negative': (outline({'size': [H, W], 'counts': [601, -1]}), 'do not fill'),
-    'rle_of_another_image': (outline({'size': [W, H], 'counts': [600]}), 'do not fill'),
-    'rle_string_cut': (outline({'size': [H, W], 'counts': '6X'}), 'do not fill'),
-    'rle_empty': (outline({}), "annotation 70: 'counts' is missing"),
+    'folder_above': (change('images', 'file_name', '../train_1.jpg'), 'train_1.jpg'),
+    'absolute_path': (change('images', 'file_name', '/train_1.jpg'), 'train_1.jpg'),
+    'no_image_format': (change('images', 'file_name', 'train_1.txt'), 'train_1.txt'),
+    'file_name_number': (change('images', 'file_name', 7), 'instances_train2014.json'),
+    'half_a_pixel': (change('images', 'width', 30.5), '30.5'),
+    'no_size': (change('images', 'height', float('inf')), 'instances_train2014.json'),
+    'image_id_twice': (change('images', 'id', 6), 'images.* id'),
+    'category_id_twice': (change('categories', 'id', 1), 'categories.* id'),
+    'polygon_far_away': (outline([[1, 1, 1e9, 1, 5, 5]]), 'annotation 70'),
+    'huge_size': (change('images', 'width', 1e9), '1000000000'),
+    'one_file_twice': (change('images', 'file_name', 'train_2.jpg'), 'train_2'),
+    'category_bg': (change('categories', 'name', '_background_'), '_background_'),
+    'endless_polygon': (outline([[1, 1, 5, 1, float('inf'), 5]]), 'annotation 70'),
+    'odd_polygon': (outline([[1, 1, 5, 1, 5, 5, 9]]), 'annotation 70.*polygon'),
+    'flat_polygon': (outline(box(1, 1, 2, 2)), 'annotation 70'),
+    'list_of_run_lengths': (outline([{'size': [H, W], 'counts': [600]}]), 'annotation 70.*polygon'),
+    'text_in_polygon': (outline([['a'] * 6]), 'annotation 70'),
+    'rle_too_short': (outline({'size': [H, W], 'counts': [1, 2]}), 'annotation 70.*20 x 30'),
+    'rle_negative': (outline({'size': [H, W], 'counts': [601, -1]}), 'annotation 70'),
+    'rle_of_another_image': (outline({'size': [W, H], 'counts': [600]}), 'annotation 70'),
+    'rle_string_cut': (outline({'size': [H, W], 'counts': '6X'}), 'annotation 70'),
+    'rle_empty': (outline({}), 'annotation 70.*counts'),
 }
 
 
@@ -440,7 +440,7 @@ def test_missing_images_are_counted_with_the_first_name(coco):
     for name in ('train_2', 'train_5'):
         (coco / 'train2014' / f'{name}.jpg').unlink()
     before = tree(coco.parent)
-    with pytest.raises(BadInput, match='2 of the 5 images .*the first: train_2.jpg'):
+    with pytest.raises(BadInput, match='2 of the 5 .*train_2.jpg'):
         run(coco)
     assert tree(coco.parent) == before
 
@@ -449,13 +449,13 @@ def test_splits_that_do_not_belong_together_are_refused(coco):
     data = copy.deepcopy(instances(VAL, 1005))
     data['categories'][0]['name'] = 'cat'
     write_json(coco, 'val', data)
-    with pytest.raises(BadInput, match='do not belong together: categories differ'):
+    with pytest.raises(BadInput, match='categories'):
         run(coco)
     assert not (coco.parent / 'COCO').exists()
 
 
 def test_image_in_both_splits_is_refused(tmp_path):
-    with pytest.raises(BadInput, match='or an image is in both'):
+    with pytest.raises(BadInput, match='both'):
         run(write_coco(tmp_path / 'coco', val={'train_1': VAL['val_1']}))
 
 

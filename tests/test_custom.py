@@ -306,7 +306,7 @@ def test_paths_of_one_image_in_any_spelling_are_that_image_and_its_mask(prefix, 
 @pytest.mark.parametrize('field', ['../other.png', '{parent}/other.png'])
 def test_image_outside_of_the_folder_is_refused(field, images):
     Image.new('RGB', (12, 9)).save(images.parent / 'other.png')
-    with pytest.raises(BadInput, match='other.png" .--labels. is not in the folder .*--images'):
+    with pytest.raises(BadInput, match='other.png" .--labels.*--images'):
         make(images, ['a.jpg,cat', field.format(parent=images.parent) + ',dog'])
 
 
@@ -324,7 +324,7 @@ def test_extension_in_other_capitals_is_found(row, images):
 
 def test_stem_of_two_images_is_refused_without_its_extension(images):
     Image.new('RGB', (12, 9)).save(images / 'a.png')
-    with pytest.raises(BadInput, match='"a" .--labels. is the name of several files .*a.jpg, a.png'):
+    with pytest.raises(BadInput, match='"a" .--labels.*a.jpg, a.png'):
         make(images, ['b.png,dog', 'a,cat'])
     assert labels_of(make(images, ['b.png,dog', 'a.png,cat']))['a'] == ['cat']
 
@@ -380,7 +380,7 @@ def test_masks_are_linked_from_the_paths_of_the_images_and_counted(images, capsy
 
 
 def test_image_is_not_its_own_mask(images):
-    with pytest.raises(BadInput, match='b.png .--masks. is the image b.png itself'):
+    with pytest.raises(BadInput, match='b.png .--masks'):
         make(images, ROWS, '--masks', images)
 
 
@@ -393,51 +393,51 @@ def test_masks_of_images_in_sub_folders_may_lie_in_one_folder_and_links_of_earli
 
 def test_masks_of_other_images_alone_are_refused(images):
     write_mask(images.parent / 'masks' / 'a_mask.png', [1])
-    with pytest.raises(BadInput, match='no file of .*masks .--masks. is the mask of an image'):
+    with pytest.raises(BadInput, match='masks .--masks'):
         make(images, ROWS, '--masks', images.parent / 'masks')
 
 
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize('text, words', [
-    (['image,cat,dog', 'a.jpg,oui,non', 'b.png,non,oui'], 'a header and values such as "non"'),
-    (['image,cat,dog', 'a.jpg,+,', 'b.png,,+'], 'a header and values such as'),
-    (['image,cat,dog', 'a.jpg,0.9,0.1', 'b.png,0.2,0.7'], 'values such as "0.1".*--label_columns'),
-    (['a.jpg,12,13,40,39,cat', 'b.png,15,16,40,38,dog'], 'has the number 12 for a class'),          # boxes
-    (['a.jpg,Cat', 'b.png,dog', 'h.tif,cat'], 'has the classes "Cat" and "cat": write one as the other'),
-    (['image,label', 'a.jpg,cat', 'b.png,-'], 'has "cat" beside "-"'),
-    (['A.jpg,cat', 'b.png,dog'], '1 rows name images that are not in .*"A.jpg": .*line 1'),         # no header
-    ([',image,cat,dog', '0,a.jpg,True,False', '1,b.png,False,True'], '2 rows name images .*"0": .*line 2'),
-    (['image,cat,dog', 'a.jpg,1,-1', 'b.png,-1,1'], 'has "-1" beside "1"'),
-    (['image,split,cat', 'a.jpg,train,x', 'b.png,val,x'], 'has "train" beside "x"'),
-    (['image,cat,dog', 'a.jpg,x,y', 'b.png,y,x'], 'has the values x, y: classes, or yes and no'),
-    (['a.jpg,True,False', 'b.png,False,True'], 'its first line must be a header'),
-    (['a.jpg,cat', '/etc/hostname,dog'], 'is not in the folder'),
-    ('', 'has no rows'),
-    ('image,classes', 'has no rows'),
-    (['a.jpg,cat', 'x.jpg,dog', 'y,dog', ',dog'], '3 rows name images that are not in .*"x.jpg": .*line 2'),
-    (['a.jpg', 'b.png'], '"a.jpg" has no field for its classes'),
-    (['a.jpg,cat', 'b.png'], 'line 2: "b.png" has no field'),
-    (['image,split,label', 'a.jpg,train,cat', 'b.png,val'], 'line 3: "b.png" has no field'),
-    (['image,label,split', 'a.jpg,cat,dog,train'], 'line 2: 4 fields'),
-    (['a.jpg,', 'b.png,'], 'no image shows a class'),
-    (['image,cat,dog', 'a.jpg,0,0', 'b.png,0,0'], 'no image shows a class'),
-    (['image,label', 'a.jpg,cat', 'b.png,negative'], 'has the class negative: delete it'),
-    (['image,label', 'a.jpg,1', 'b.png,0'], '"0" below "label"'),
-    (['image,fold,cat', 'a.jpg,1,0', 'b.png,0,1'], '"0" below "fold"'),
-    (['image,label,split', 'a.jpg,cat,train', 'b.png,-,val'], 'has "cat" beside "-"'),
-    (['image,cat,dog', 'a.jpg,1,0', 'b.png,1'], 'line 3: 1 values, but the header names 2 classes'),
-    (['image,cat,dog', 'a.jpg,1,0', 'b.png,1,0,1'], 'line 3: 3 values'),
-    (['image,cat,dog', 'a.jpg,1,0', 'b.png,2,0'], 'has "2" beside "0", a yes or no'),
-    (['a.jpg,1,0', 'b.png,0,1'], 'must be a header that names a class for every column'),
-    (['image,cat,cat', 'a.jpg,1,0'], 'for every column, each once'),
-    (['image,,cat', 'a.jpg,1,0'], 'must be a header'),
+    (['image,cat,dog', 'a.jpg,oui,non', 'b.png,non,oui'], '"non"'),
+    (['image,cat,dog', 'a.jpg,+,', 'b.png,,+'], 'values'),
+    (['image,cat,dog', 'a.jpg,0.9,0.1', 'b.png,0.2,0.7'], '"0.1".*--label_columns'),
+    (['a.jpg,12,13,40,39,cat', 'b.png,15,16,40,38,dog'], r'\b12\b'),          # boxes
+    (['a.jpg,Cat', 'b.png,dog', 'h.tif,cat'], '"Cat".*"cat"'),
+    (['image,label', 'a.jpg,cat', 'b.png,-'], '"cat".*"-"'),
+    (['A.jpg,cat', 'b.png,dog'], '"A.jpg".*line 1'),         # no header
+    ([',image,cat,dog', '0,a.jpg,True,False', '1,b.png,False,True'], '"0".*line 2'),
+    (['image,cat,dog', 'a.jpg,1,-1', 'b.png,-1,1'], '"-1".*"1"'),
+    (['image,split,cat', 'a.jpg,train,x', 'b.png,val,x'], '"train".*"x"'),
+    (['image,cat,dog', 'a.jpg,x,y', 'b.png,y,x'], 'x, y'),
+    (['a.jpg,True,False', 'b.png,False,True'], 'header'),
+    (['a.jpg,cat', '/etc/hostname,dog'], '/etc/hostname'),
+    ('', 'rows'),
+    ('image,classes', 'rows'),
+    (['a.jpg,cat', 'x.jpg,dog', 'y,dog', ',dog'], '3 .*"x.jpg".*line 2'),
+    (['a.jpg', 'b.png'], '"a.jpg"'),
+    (['a.jpg,cat', 'b.png'], 'line 2.*"b.png"'),
+    (['image,split,label', 'a.jpg,train,cat', 'b.png,val'], 'line 3.*"b.png"'),
+    (['image,label,split', 'a.jpg,cat,dog,train'], 'line 2.*4 '),
+    (['a.jpg,', 'b.png,'], 'no image'),
+    (['image,cat,dog', 'a.jpg,0,0', 'b.png,0,0'], 'no image'),
+    (['image,label', 'a.jpg,cat', 'b.png,negative'], 'negative'),
+    (['image,label', 'a.jpg,1', 'b.png,0'], '"0".*"label"'),
+    (['image,fold,cat', 'a.jpg,1,0', 'b.png,0,1'], '"0".*"fold"'),
+    (['image,label,split', 'a.jpg,cat,train', 'b.png,-,val'], '"cat".*"-"'),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,1'], 'line 3.*1 .*2 '),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,1,0,1'], 'line 3.*3 '),
+    (['image,cat,dog', 'a.jpg,1,0', 'b.png,2,0'], '"2".*"0"'),
+    (['a.jpg,1,0', 'b.png,0,1'], 'header'),
+    (['image,cat,cat', 'a.jpg,1,0'], 'column'),
+    (['image,,cat', 'a.jpg,1,0'], 'header'),
     (['a.jpg,cat', 'b.png,"dog', 'c.JPG,cat'], 'unexpected end of data'),
-    (['a.jpg,background'], 'has the class background: delete it'),
-    (['image,cat,_Background_', 'a.jpg,1,0', 'b.png,0,1'], 'has the class _Background_: delete it'),
-    (['a.jpg,1', 'b.png,dog'], 'has "dog" beside'),
-    ([f'a.jpg,{"|".join(f"c{i}" for i in range(255))}'], 'has 255 classes'),
-    ('a.jpg,F\xfcchsin'.encode('latin-1'), 'as a text file'),
+    (['a.jpg,background'], 'background'),
+    (['image,cat,_Background_', 'a.jpg,1,0', 'b.png,0,1'], '_Background_'),
+    (['a.jpg,1', 'b.png,dog'], '"dog"'),
+    ([f'a.jpg,{"|".join(f"c{i}" for i in range(255))}'], '255'),
+    ('a.jpg,F\xfcchsin'.encode('latin-1'), 'text'),
 ])
 def test_bad_labels_are_named_and_nothing_is_written(text, words, images):
     with pytest.raises(BadInput, match=words) as error:
@@ -481,7 +481,7 @@ def test_names_of_any_language_are_classes(name, images):
 
 def test_class_that_is_not_among_the_given_names_is_refused(images):
     (images.parent / 'names.txt').write_text('cat\ndog\n')
-    with pytest.raises(BadInput, match='has 1 classes that are not in .*names.txt .--class_names.*"red fox"'):
+    with pytest.raises(BadInput, match='names.txt .--class_names.*"red fox"'):
         make(images, ROWS, '--class_names', images.parent / 'names.txt')
     assert not (images.parent / 'root').exists()
 
@@ -496,7 +496,7 @@ def test_two_images_of_one_name_are_both_named(twin, images):
 
 
 def test_share_beyond_its_range_is_refused(images):
-    with pytest.raises(BadInput, match='--val_share must be from 0 to 0.9'):
+    with pytest.raises(BadInput, match='--val_share.*0.9'):
         make(images, ROWS, '--val_share', 1)
 
 
@@ -507,13 +507,13 @@ def test_folder_of_somebody_else_is_refused(images):
     other.mkdir()
     make(images, ROWS, out='root')                          # an empty folder will do
     (other / MARKER).unlink()
-    with pytest.raises(BadInput, match='was not made by this script; name an empty or new folder .--out.'):
+    with pytest.raises(BadInput, match='--out'):
         make(images, ROWS)
 
 
 def test_images_inside_the_root_are_refused(images):
     root = make(images, ROWS)
-    with pytest.raises(BadInput, match='--images. lies in'):
+    with pytest.raises(BadInput, match='--images'):
         main(get_args_parser().parse_args(['--images', str(root / 'JPEGImages'), '--labels',
                                            str(images.parent / 'labels.csv'), '--out', str(root)]))
     assert read_image(get_img_path('a', str(root))).size == (12, 9)
@@ -532,7 +532,7 @@ def test_second_run_gives_what_a_first_one_gives_and_keeps_what_is_not_its_own(i
 def test_files_of_the_user_are_not_overwritten(flags, images):
     root = make(images, ROWS[:2], *flags)
     (root / 'JPEGImages' / 'c.jpg').write_bytes(b'mine')
-    with pytest.raises(BadInput, match='c.jpg .--out. is no copy of'):
+    with pytest.raises(BadInput, match='c.jpg .--out'):
         make(images, ROWS, *flags)
     assert (root / 'JPEGImages' / 'c.jpg').read_bytes() == b'mine' and set(labels_of(root)) == {'a', 'b'}
 

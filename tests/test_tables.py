@@ -186,7 +186,7 @@ def test_resume_keeps_the_rows_of_before_and_hands_the_flag_on(commands, tmp_pat
 
 def test_resume_with_other_settings_is_refused(commands):
     commands('--rows', 'SEAM')
-    with pytest.raises(BadInput, match=r'--scales was \[0.5, 1.0, 1.5, 2.0\], is \[1.0\]'):
+    with pytest.raises(BadInput, match=r'--scales .*\[0.5, 1.0, 1.5, 2.0\].*\[1.0\]'):
         commands('--rows', 'SEAM', '--resume', '--scales', '1')
     commands('--rows', 'SEAM', '--resume', '--device', 'cpu', '--seeds', '3')
 
@@ -287,7 +287,7 @@ def test_flags_for_the_scripts_that_are_not_whole(commands, capsys):
 def test_a_failing_script_stops_the_tables_with_one_line(tmp_path, capfd):
     script = tmp_path / 'fails.py'
     script.write_text('print("what it says"); raise SystemExit(3)')
-    with pytest.raises(BadInput, match='fails.py ended with exit code 3.*--resume'):
+    with pytest.raises(BadInput, match='fails.py .*3.*--resume'):
         tables.run_child([sys.executable, str(script)])
     assert 'what it says' in capfd.readouterr().out
 

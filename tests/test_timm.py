@@ -221,7 +221,7 @@ def test_damaged_package_is_refused(tmp_path, monkeypatch):
     (tmp_path / '__init__.py').touch()
     spec = importlib.util.spec_from_file_location('x', tmp_path / '__init__.py')
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: spec)
-    with pytest.raises(BadInput, match='damaged.*force-reinstall'):
+    with pytest.raises(BadInput, match='force-reinstall'):
         timm_backbone.find_lite0_package()
 
 

@@ -2,7 +2,6 @@
 import errno
 import json
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -169,7 +168,7 @@ def test_killed_loader_worker_is_told_and_the_checkpoint_stays(data, trainer):
     for child in subprocess.run(['pgrep', '-P', str(trainer.pid)], capture_output=True, text=True).stdout.split():
         os.kill(int(child), signal.SIGKILL)
     out = wait_for_the_end(trainer)
-    assert 'a loader process was killed' in out and 'exit code 2\n' in out
+    assert 'loader' in out and 'killed' in out and 'exit code 2\n' in out
     assert weights(data / 'orphan_last.pth')['step'] >= 1
 
 
@@ -242,15 +241,7 @@ raise RuntimeError('in the middle')
 
 
 @pytest.mark.parametrize('script', ['train_SEAM', 'train_aff'])
-def test_loader_processes_can_be_spawned(data, script, monkeypatch):
-    """As on Windows and macOS: what they get is pickled. None is started here, for it would import torch."""
-    class Pickled(torch.utils.data.DataLoader):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            pickled.append(pickle.dumps((self.dataset, self.collate_fn, self.worker_init_fn)))
-
-    pickled = []
-    monkeypatch.setattr(torch.utils.data, 'DataLoader', Pickled)
+def test_loader_processes_can_be_spawned(data, script, pickled):
     done(run(data, script, *flags(script, f'spawn_{script}', *ONE_STEP)))
     assert pickled
 
@@ -274,7 +265,7 @@ def test_other_spellings_of_the_same_files_resume(data, plain):
     folders = '--la_crf_dir', 'la/', '--ha_crf_dir', data / 'ha'
     done(run(data, 'train_aff', *flags('train_aff', 'moved', *resume, *folders)))
     refused(run(data, 'train_aff', *flags('train_aff', 'moved', *resume, '--la_crf_dir', 'ha')),
-            '--la_crf_dir ha has other contents than la had')
+            '--la_crf_dir ha', ' la ')
 
 
 @pytest.fixture
@@ -312,7 +303,7 @@ def test_contents_of_a_list_count_and_not_its_path(checkpoint):
     path, resume = checkpoint
     resume(0.1, 'moved/old.txt', ['a', 'b', 'c'])
     for names in (['a', 'b', 'd'], ['b', 'a', 'c'], ['a', 'b', 'c', 'd']):
-        with pytest.raises(cli.BadInput, match='--train_list old.txt has other contents than old.txt had'):
+        with pytest.raises(cli.BadInput, match='--train_list old.txt'):
             resume(0.1, 'old.txt', names)
 
 
@@ -396,7 +387,7 @@ def test_failed_save_keeps_the_checkpoint_before(data, plain, monkeypatch, tmp_p
 
 def test_full_disk_keeps_the_weights_before(tmp_path, small_files):
     (tmp_path / 'x.pth').write_bytes(b'before')
-    with pytest.raises(cli.BadInput, match='cannot write .*x.pth'):
+    with pytest.raises(cli.BadInput, match='x.pth'):
         training.save_weights(tiny_aff.Net(), str(tmp_path / 'x.pth'))
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [('x.pth', b'before')]
 
@@ -506,7 +497,7 @@ def test_record_of_every_print_step(data, plain):
 
 def test_loss_that_is_not_finite_names_step_and_images(data):
     result = run(data, 'train_SEAM', *flags('train_SEAM', 'huge', '--lr', 100, '--momentum', 0.99, '--max_epochs', 30))
-    line = refused(result, 'not finite at step', 'loss_cls', '2007_')
+    line = refused(result, ' step ', 'loss_cls', '2007_')
     assert not (data / 'huge.pth').exists() and '--lr' in line
 
 
