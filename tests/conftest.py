@@ -66,13 +66,13 @@ def _threads(request):
 def pickled(monkeypatch):
     """A list of what loader processes get, pickled as where they are spawned, on Windows and macOS. None is started
     for it: importing torch takes seconds."""
-    class PickledLoader(torch.utils.data.DataLoader):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            content.append(pickle.dumps((self.dataset, self.collate_fn, self.worker_init_fn)))
+    content, init = [], torch.utils.data.DataLoader.__init__
 
-    content = []
-    monkeypatch.setattr(torch.utils.data, 'DataLoader', PickledLoader)
+    def pickling(self, dataset, **options):
+        content.append(pickle.dumps((dataset, options.get('collate_fn'), options.get('worker_init_fn'))))
+        init(self, dataset, **options)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, '__init__', pickling)
     return content
 
 

@@ -488,7 +488,8 @@ def test_without_fork_affinity_and_utf_8(data, tmp_path, script):
              'infer_aff': ['--network', AFF, '--weights', 'aff.pth', '--cam_dir', 'cam', '--out_rw', tmp_path / 'out',
                            '--crf']}[script]
     done(subprocess.run([sys.executable, os.path.join(ROOT, script + '.py'), '--infer_list', tmp_path / 'list.txt',
-                         *flags, '--num_workers', str(int(script == 'infer_SEAM')), '--crf_workers', '1'], cwd=data, capture_output=True, text=True,
+                         *flags, '--num_workers', '1' if script == 'infer_SEAM' else '0', '--crf_workers', '1'],
+                        cwd=data, capture_output=True, text=True,
                         env=dict(os.environ, PYTHONIOENCODING='cp1252',
                                  PYTHONPATH=f'{tmp_path}{os.pathsep}{os.environ["PYTHONPATH"]}')))
     assert len(list(tmp_path.glob('out*/2*'))) == (2 if script == 'infer_SEAM' else 1)
