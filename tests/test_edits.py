@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from conftest import ROOT
+from helpers import LIST, SEAM, done, names_of, refused, run
 from network import resnet38d, seam
-from test_scripts import SEAM, done, names_of, refused, run
 from tool.cli import BadInput
 from tool.image_files import read_label_map
 from tool.outputs import ResultFolder
 from voc12.data import VOC12SegDataset
 
-LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 SMALL = '--train_list', LIST, '--batch_size', 2, '--num_workers', 0, '--crop_size', 64
 
 
@@ -49,7 +48,7 @@ def test_label_maps_of_another_format_need_two_methods_of_the_data_set(drawings,
     monkeypatch.setattr(VOC12SegDataset, 'label_path', lambda self, name: str(tmp_path / f'{name}.npy'))
     monkeypatch.setattr(VOC12SegDataset, 'read_label', lambda self, name, size=None: np.load(self.label_path(name)))
     done(run(drawings, 'train_seg', *SMALL, '--label_dir', tmp_path, '--max_iters', 1, '--network',
-             'network.slim_deeplab', '--session_name', tmp_path / 'seg'))
+             'tiny_deeplab', '--session_name', tmp_path / 'seg'))
     assert torch.load(tmp_path / 'seg.pth', weights_only=True)
 
 

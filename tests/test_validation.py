@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_deeplab
+import tiny_SEAM
 import train_SEAM
-from network import slim_deeplab, slim_SEAM
-from test_scripts import done, refused, run
+from helpers import done, refused, run
 from tool import cli, torchutils, training, validation
 from tool.image_files import save_label_map
 from tool.text_files import read_csv
@@ -24,10 +25,10 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('validation')
     done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 16, '--size', 64, 64, '--classes', 3))
     torch.manual_seed(0)
-    net = slim_SEAM.Net()
+    net = tiny_SEAM.Net()
     torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
     training.save_weights(net, str(root / 'seam.pth'))
-    training.save_weights(slim_deeplab.Net(), str(root / 'seg.pth'))
+    training.save_weights(tiny_deeplab.Net(), str(root / 'seg.pth'))
     return root
 
 
@@ -36,13 +37,13 @@ VALIDATE = '--val_every', 1, '--keep_best', '--val_list', LISTS + 'val.txt'
 
 def train_seam(root, session, *more):
     return run(root, 'train_SEAM', '--train_list', LISTS + 'train.txt', '--crop_size', 48, '--resize_long', 48, 64,
-               '--batch_size', 4, '--max_epochs', 2, '--num_workers', 0, '--network', 'network.slim_SEAM', '--weights',
+               '--batch_size', 4, '--max_epochs', 2, '--num_workers', 0, '--network', 'tiny_SEAM', '--weights',
                'seam.pth', '--session_name', session, *more)
 
 
 def train_seg(root, session, *more):
     return run(root, 'train_seg', '--train_list', LISTS + 'train.txt', '--label_dir', TRUTH, '--crop_size', 48,
-               '--batch_size', 4, '--max_iters', 4, '--num_workers', 0, '--network', 'network.slim_deeplab',
+               '--batch_size', 4, '--max_iters', 4, '--num_workers', 0, '--network', 'tiny_deeplab',
                '--weights', 'seg.pth', '--session_name', session, '--bn_momentum', .3, *more)
 
 
@@ -123,7 +124,7 @@ def test_run_killed_in_its_validation_is_validated_when_it_is_resumed(data, seam
 # ----- the numbers -----
 
 def test_numbers_of_seam_are_those_of_inference_and_evaluation(data, seam):
-    common = '--network', 'network.slim_SEAM', '--infer_list', LISTS + 'val.txt', '--num_workers', 0
+    common = '--network', 'tiny_SEAM', '--infer_list', LISTS + 'val.txt', '--num_workers', 0
     last = records(data, 'validated')[-1]
     for kind in ('cam', 'cam_rv'):
         done(run(data, 'infer_SEAM', *common, '--weights', 'validated.pth', '--scales', 1, '--flip', 0, '--map', kind,
@@ -139,7 +140,7 @@ def test_numbers_of_seam_are_those_of_inference_and_evaluation(data, seam):
 
 
 def test_numbers_of_a_segmentation_network_are_those_of_inference_and_evaluation(data, seg):
-    done(run(data, 'infer_seg', '--network', 'network.slim_deeplab', '--weights', 'seg_validated.pth', '--infer_list',
+    done(run(data, 'infer_seg', '--network', 'tiny_deeplab', '--weights', 'seg_validated.pth', '--infer_list',
              LISTS + 'val.txt', '--scales', 1, '--flip', 0, '--crf', 'off', '--out_seg', 'seg', '--num_workers', 0))
     done(run(data, 'evaluation', '--list', LISTS + 'val.txt', '--predict_dir', 'seg', '--gt_dir', TRUTH, '--comment',
              'x', '--num_workers', 0))
