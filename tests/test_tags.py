@@ -9,17 +9,16 @@ from PIL import Image
 
 import infer_SEAM
 import infer_seg
-from network import slim_SEAM, slim_deeplab
+import tiny_deeplab
+import tiny_SEAM
+from helpers import LIST, done, names_of, refused, run
 from network.seam import class_scores
-from test_scripts import done, refused, run
 from tool import score_files, torchutils, training
 from tool.cli import BadInput
 from tool.metrics import best_tag_threshold
 from voc12.data_root import find_images
 from voc12.lists import CAT_LIST
 from voc12.tags import load_tag_thresholds
-
-LIST = 'VOC2012/ImageSets/Segmentation/train.txt'
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +27,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('tags')
     done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 8, '--size', 48, 48, '--classes', 3))
     torch.manual_seed(0)
-    for module, name in ((slim_SEAM, 'seam'), (slim_deeplab, 'seg')):
+    for module, name in ((tiny_SEAM, 'seam'), (tiny_deeplab, 'seg')):
         net = module.Net()
         torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
         training.save_weights(net, str(root / f'{name}.pth'))
@@ -37,17 +36,13 @@ def data(tmp_path_factory):
 
 
 def cams(root, *more):
-    return run(root, 'infer_SEAM', '--network', 'network.slim_SEAM', '--weights', 'seam.pth', '--scales', 1,
+    return run(root, 'infer_SEAM', '--network', 'tiny_SEAM', '--weights', 'seam.pth', '--scales', 1,
                '--num_workers', 0, *more)
 
 
 def segments(root, *more):
-    return run(root, 'infer_seg', '--network', 'network.slim_deeplab', '--weights', 'seg.pth', '--scales', 1, '--flip',
+    return run(root, 'infer_seg', '--network', 'tiny_deeplab', '--weights', 'seg.pth', '--scales', 1, '--flip',
                0, '--num_workers', 0, '--crf', 'off', *more)
-
-
-def names_of(root):
-    return (root / LIST).read_text().split()
 
 
 def contents(folder, ending):
@@ -128,7 +123,7 @@ def test_images_without_tags_are_refused_with_the_flag_that_predicts_them(data, 
 
 @pytest.fixture(scope='module')
 def net(data):
-    net = slim_SEAM.Net()
+    net = tiny_SEAM.Net()
     net.load_state_dict(torch.load(data / 'seam.pth', weights_only=True))
     return net.eval()
 

@@ -1,4 +1,4 @@
-"""Faults at random moments, the long form of what test_training.py and test_inference.py do in short.
+"""Faults at random moments, the long form of what test_resume.py and test_results.py do in short.
 
     python tests/by_hand/soak.py [--rounds 1] [--seed 0] [--runs cam crf rw]
 
