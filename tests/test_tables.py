@@ -1,72 +1,19 @@
-"""tool/tables.py: which commands it runs, and what it makes of their numbers. The commands run in one test alone."""
+"""tool/tables.py: which commands it runs, and what it makes of their numbers. They run in one test alone."""
 import csv
 import importlib
 import os
 import shutil
-import signal
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 import infer_SEAM
 import train_aff
 import train_SEAM
+from tables_runs import commands
 from tool import image_lists, tables
-from tool.cli import BadInput
 from voc12 import make_toy
-from voc12.lists import CAT_LIST
-
-
-@pytest.fixture
-def commands(tmp_path, monkeypatch):
-    """Runs tables.py in a folder with a blank in its name; returns its commands, without Python and the folder."""
-    root = tmp_path / 'my data'
-    for folder in ('ImageSets/Segmentation', 'SegmentationClass', 'SegmentationClassAug', 'JPEGImages'):
-        (root / folder).mkdir(parents=True)
-    names = {'train': 'ab', 'aug': 'abcdefghijkl', 'val': 'xy'}
-    for name in names['aug'] + 'xy':
-        (root / f'JPEGImages/{name}.jpg').write_text('')
-        (root / f'SegmentationClassAug/{name}.png').write_text('')
-    for name in 'abxy':
-        (root / f'SegmentationClass/{name}.png').write_text('')
-    for key, listed in names.items():
-        (root / f'ImageSets/Segmentation/{key}.txt').write_text('\n'.join(listed))
-    np.save(root / 'labels.npy', {name: np.eye(len(CAT_LIST))[0] for name in names['aug']})
-    (root / 'start.pth').write_text('')
-    log, listed = [], ['train']
-
-    def run_child(command):
-        log.append([os.path.basename(command[1]), *command[2:]])
-        if command[1].endswith('make_toy.py'):
-            made = os.path.join(command[command.index('--out') + 1], 'ImageSets', 'Segmentation')
-            shutil.copytree(root / 'ImageSets/Segmentation', made)
-        if command[1].endswith('evaluation.py'):
-            prefix = command[command.index('--out_prefix') + 1]
-            seed = int(os.path.basename(os.path.dirname(prefix))[len('seed'):])
-            miou = 50 + seed if 'cam' in prefix else 60
-            result = {'list': listed[0], 'images': 2, 'background_score': .25 if 'cam' in prefix else '',
-                      'plateau': .4 if 'cam' in prefix else '', 'mIoU': 10, 'mIoU_present': miou, 'mFP': 20, 'mFN': 30,
-                      'accuracy': 90}
-            with open(prefix + '_result.csv', 'w', newline='') as file:
-                writer = csv.DictWriter(file, result)
-                writer.writeheader()
-                writer.writerow(result)
-
-    def start(*flags):
-        log.clear()
-        tables.run.cache_clear()        # as in a process of its own
-        monkeypatch.setattr(sys, 'argv', [
-            'tables.py', '--voc12_root', str(root), '--train_list', str(root / 'ImageSets/Segmentation/aug.txt'),
-            '--cls_labels', str(root / 'labels.npy'), '--weights', str(root / 'start.pth'),
-            '--out', str(tmp_path / 'out'), *flags])
-        tables.main(tables.parse_args())
-        return log
-
-    monkeypatch.setattr(tables, 'run_child', run_child)
-    start.listed, start.log = listed, log
-    return start
 
 
 def scripts(log):
@@ -184,13 +131,6 @@ def test_resume_keeps_the_rows_of_before_and_hands_the_flag_on(commands, tmp_pat
     assert (tmp_path / 'out/tables.csv').read_text().count('\n') == 2
 
 
-def test_resume_with_other_settings_is_refused(commands):
-    commands('--rows', 'SEAM')
-    with pytest.raises(BadInput, match=r'--scales .*\[0.5, 1.0, 1.5, 2.0\].*\[1.0\]'):
-        commands('--rows', 'SEAM', '--resume', '--scales', '1')
-    commands('--rows', 'SEAM', '--resume', '--device', 'cpu', '--seeds', '3')
-
-
 def test_toy_has_the_demo_s_settings_and_flags_that_are_given_win(commands):
     log = commands('--toy', '--rows', 'baseline', '--scales', '1')
     assert scripts(log) == ['make_toy.py', 'train_SEAM.py', 'train_SEAM.py', 'infer_SEAM.py', 'evaluation.py']
@@ -208,112 +148,9 @@ def test_lite0_has_settings_of_its_own_and_flags_are_added_to_them(commands):
     assert (infer.scales, infer.flip) == ([1.], 0)
 
 
-@pytest.mark.parametrize('flags', [('--lite0',), ('--aff_list', 'list.txt')])
-def test_toy_has_its_own_settings_and_images(commands, flags, capsys):
-    with pytest.raises(SystemExit):
-        commands('--toy', *flags)
-    assert '--toy has its own' in capsys.readouterr().err
-
-
 def test_weights_without_a_value_are_left_to_the_network(commands):
     assert '--weights' not in commands('--rows', 'baseline', '--weights')[0]
 
-
-@pytest.mark.parametrize('flags, word', [
-    (['--rows', 'xyz'], '--rows xyz'), (['--list', 'missing.txt'], '--list'), (['--weights', 'no.pth'], '--weights'),
-    (['--seeds', '0', '0'], '--seeds 0 0'), (['--alphas', '4', '4.01'], '--alphas 4.0 4.0'),
-    (['--scales', '0'], '--scales')])
-def test_bad_flags_are_refused_before_anything_runs(commands, flags, word):
-    with pytest.raises(BadInput, match=word):
-        commands(*flags)
-    assert not commands.log
-
-
-@pytest.mark.parametrize('path, words', [
-    ('SegmentationClass/b.png', ['SegmentationClass/b.png', '--voc12_root', '--list']),
-    ('SegmentationClass/y.png', ['SegmentationClass/y.png', '--voc12_root', '--val_list']),
-    ('SegmentationClassAug/c.png', ['SegmentationClassAug/c.png', '--train_gt', 'make_seg_aug.py', 'voc12/README.md']),
-    ('JPEGImages/l.jpg', ['JPEGImages/l.jpg', '--voc12_root', 'aug.txt']),
-    ('JPEGImages/y.jpg', ['JPEGImages/y.jpg', '--voc12_root', 'val.txt'])])
-def test_missing_files_are_noticed_before_anything_runs(commands, tmp_path, path, words):
-    (tmp_path / 'my data' / path).unlink()
-    with pytest.raises(BadInput) as refusal:
-        commands('--table', '1', 'retrain')
-    assert all(word in str(refusal.value) for word in words) and not commands.log
-
-
-def test_masks_of_a_part_of_the_training_list_are_not_enough(commands, tmp_path):
-    shutil.rmtree(tmp_path / 'my data/SegmentationClassAug')
-    with pytest.raises(BadInput) as refusal:
-        commands('--table', 'retrain')
-    assert all(word in str(refusal.value) for word in ('SegmentationClass/c.png', '10 of 12', 'make_seg_aug.py'))
-    assert not commands.log
-
-def test_images_without_a_label_are_noticed_before_anything_runs(commands, tmp_path):
-    labels = {name: np.eye(len(CAT_LIST))[0] for name in 'abcdefghijk'}
-    np.save(tmp_path / 'my data/labels.npy', labels)
-    with pytest.raises(BadInput, match='image l .*labels.npy'):
-        commands()
-    assert not commands.log
-
-
-@pytest.mark.parametrize('flags, words', [
-    (['--walk', '--alhpa 3'], ['--walk', '--alhpa']),
-    (['--infer', '--map nothing'], ['--infer', '--map']),
-    (['--train_aff', '--crop_size 100'], ['--train_aff', '--crop_size 100']),
-    (['--train_seg', '--scale_range 2 1'], ['--train_seg', '--scale_range']),
-    (['--seg', '--crf maybe'], ['--seg', '--crf']),
-    (['--train_aff', '--batch_size 13'], ['--train_aff', '12 images', '--batch_size 13']),
-    (['--network_aff', 'network.resnet38_afff'], ['network.resnet38_afff']),
-    (['--network_seg', 'network.slim_SEAM'], ['network.slim_SEAM']),
-    (['--mean_classes', 'background', 'cats'], ['--mean_classes cats'])])
-def test_what_a_later_script_would_refuse_is_refused_before_anything_runs(commands, flags, words):
-    with pytest.raises(BadInput) as refusal:
-        commands('--table', '1', 'retrain', *flags)
-    assert all(word in str(refusal.value) for word in words) and not commands.log
-
-
-def test_networks_and_lists_of_rows_that_are_not_asked_for_do_not_matter(commands, tmp_path):
-    (tmp_path / 'my data/ImageSets/Segmentation/val.txt').unlink()
-    commands('--rows', 'SEAM', '--network_aff', 'nothing', '--network_seg', 'nothing')
-
-
-def test_flags_for_the_scripts_that_are_not_whole(commands, capsys):
-    with pytest.raises(SystemExit):
-        commands('--train', '--lr "1')
-    assert 'argument --train' in capsys.readouterr().err
-
-
-def test_a_failing_script_stops_the_tables_with_one_line(tmp_path, capfd):
-    script = tmp_path / 'fails.py'
-    script.write_text('print("what it says"); raise SystemExit(3)')
-    with pytest.raises(BadInput, match='fails.py .*3.*--resume'):
-        tables.run_child([sys.executable, str(script)])
-    assert 'what it says' in capfd.readouterr().out
-
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
-def test_signals_reach_the_script_and_ignored_ones_do_not(tmp_path, number):
-    script = tmp_path / 'child.py'
-    script.write_text(f"""
-import os, signal, sys, time
-def end(*_):
-    sys.exit(5)
-if signal.getsignal({number}) != signal.SIG_IGN:
-    signal.signal({number}, end)
-os.kill(os.getppid(), {number})
-time.sleep(float(sys.argv[1]))
-""")
-    with pytest.raises(BadInput, match='exit code 5'):
-        tables.run_child([sys.executable, str(script), '60'])
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        tables.run_child([sys.executable, str(script), '.2'])
-    finally:
-        signal.signal(number, before)
-
-
-# ----- the commands themselves -----
 
 def test_retraining_where_only_a_part_of_the_training_list_has_official_masks(tmp_path, monkeypatch):
     """As on VOC: SegmentationClass has masks of the lists to score, SegmentationClassAug of all training images."""

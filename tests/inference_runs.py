@@ -1,0 +1,40 @@
+"""Short runs of infer_SEAM.py and infer_aff.py that several test files compare with."""
+import pytest
+import torch
+
+import tiny_aff
+import tiny_SEAM
+from helpers import AFF, LIST, SEAM, done, run
+from tool import outputs, torchutils, training
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A toy set, random networks, and undisturbed results: cam, crf_4.0, crf_24.0, pred, rw."""
+    root = tmp_path_factory.mktemp('inference')
+    done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 10, '--size', 64, 64, '--classes', 3))
+    torch.manual_seed(0)
+    for module, name in ((tiny_SEAM, 'seam'), (tiny_aff, 'aff')):
+        net = module.Net()
+        torchutils.calibrate_batch_norm(net, [torch.randn(8, 3, 48, 48)])
+        training.save_weights(net, str(root / f'{name}.pth'))
+    done(cams(root, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred'))
+    done(walk(root))
+    return root
+
+
+def cams(root, *more):
+    return run(root, 'infer_SEAM', '--network', SEAM, '--weights', 'seam.pth', '--infer_list', LIST, '--scales', 1,
+               '--num_workers', 0, *more)
+
+
+def walk(root, *more):
+    return run(root, 'infer_aff', '--network', AFF, '--weights', 'aff.pth', '--infer_list', LIST, '--cam_dir', 'cam',
+               '--out_rw', 'rw', '--num_workers', 0, *more)
+
+
+def contents(folder):
+    """name -> bytes of the files in a folder, without the journal, which depends on the order of the work, and without
+    what a killed process was writing."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.name != outputs.JOURNAL and not path.name.startswith('.')}

@@ -1,0 +1,258 @@
+"""Result folders of inference: stopping, going on, what counts as finished."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from helpers import AFF, LIST, SEAM, done, names_of, refused
+from inference_runs import cams, contents, data, walk
+from jobs import write
+from tool import outputs, workers
+from tool.cli import CannotWrite
+
+
+def test_finished_files_are_left_alone_with_resume_and_made_anew_without(data, tmp_path):
+    flags = '--out_cam', tmp_path / 'cam', '--out_crf', tmp_path / 'crf', '--out_cam_pred', tmp_path / 'pred'
+    for folder in ('cam', 'crf_4.0', 'crf_24.0', 'pred'):
+        shutil.copytree(data / folder, tmp_path / folder)
+    names = names_of(data)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*/2*')}
+    assert len(times) == 4 * len(names)
+    assert f'{len(names)} of {len(names)} images are finished' in done(cams(data, *flags, '--resume'))
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    out = done(cams(data, *flags))
+    assert 'images are finished' not in out and 'other settings' not in out
+    assert all(times[path] < path.stat().st_mtime_ns for path in times)
+    for folder in ('cam', 'crf_4.0', 'crf_24.0', 'pred'):
+        assert contents(tmp_path / folder) == contents(data / folder)
+
+
+def test_what_is_missing_or_cut_is_made_again_to_the_bit(data, tmp_path):
+    names = names_of(data)
+    before = {folder: contents(data / folder) for folder in ('cam', 'crf_4.0', 'pred', 'rw')}
+    (data / 'cam' / f'{names[0]}.npy').unlink()
+    crf = data / 'crf_4.0' / f'{names[1]}.npy'
+    crf.write_bytes(crf.read_bytes()[:-1000])
+    (data / 'pred' / f'{names[2]}.png').write_bytes(b'')
+    (data / 'rw' / f'{names[3]}.png').write_bytes((data / 'rw' / f'{names[3]}.png').read_bytes()[:-6])
+    out = done(cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred', '--resume'))
+    assert f'{len(names) - 3} of {len(names)} images are finished' in out
+    assert f'{len(names) - 1} of {len(names)} images are finished' in done(walk(data, '--resume'))
+    assert before == {folder: contents(data / folder) for folder in before}
+
+
+def test_resume_in_a_folder_of_other_settings_is_refused_and_named(data):
+    before = contents(data / 'cam')
+    refused(cams(data, '--out_cam', 'cam', '--scales', 0.5, '--resume'), 'cam (--out_cam)',
+            'scales', '[1.0]', '[0.5]', '--resume')
+    refused(walk(data, '--beta', 4, '--resume'), 'rw (--out_rw)', 'beta', '8', '4')
+    assert contents(data / 'cam') == before
+
+
+@pytest.mark.parametrize('missing', [outputs.SETTINGS, outputs.JOURNAL])
+def test_resume_on_results_of_unknown_origin_is_refused(data, tmp_path, missing):
+    shutil.copytree(data / 'cam', tmp_path / 'cam')
+    (tmp_path / 'cam' / missing).unlink()
+    before = contents(tmp_path / 'cam')
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), '--out_cam', missing, '--resume')
+    assert contents(tmp_path / 'cam') == before
+    assert missing in done(cams(data, '--out_cam', tmp_path / 'cam'))
+    assert '7 of 7 images are finished' in done(cams(data, '--out_cam', tmp_path / 'cam', '--resume'))
+
+
+def test_resume_on_settings_that_cannot_be_read_is_refused(data, tmp_path):
+    shutil.copytree(data / 'cam', tmp_path / 'cam')
+    (tmp_path / 'cam' / outputs.SETTINGS).write_text('{')
+    refused(cams(data, '--out_cam', tmp_path / 'cam', '--resume'), outputs.SETTINGS, '--resume')
+
+
+def test_resume_with_another_backbone_is_refused(data, tmp_path):
+    for folder in 'cam', 'rw':
+        shutil.copytree(data / folder, tmp_path / folder)
+        path = tmp_path / folder / outputs.SETTINGS
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps({**settings, 'backbone': 'resnet18'}))
+    for result in (cams(data, '--out_cam', tmp_path / 'cam', '--resume'),
+                   walk(data, '--out_rw', tmp_path / 'rw', '--resume')):
+        refused(result, 'backbone', 'resnet18')
+
+
+def test_resume_compares_what_a_folder_holds_and_not_how_its_path_is_spelled(data, tmp_path):
+    flags = '--out_rw', tmp_path / 'rw', '--ignore_crf', 'crf_4.0', 'crf_24.0'
+    done(walk(data, *flags))
+    everything = f'{len(names_of(data))} of {len(names_of(data))} images are finished'
+    moved = tmp_path / 'moved'
+    for folder in ('cam', 'crf_4.0', 'crf_24.0'):
+        shutil.copytree(data / folder, moved / folder)
+    shutil.copyfile(data / 'aff.pth', moved / 'aff.pth')
+    for root in (f'./../{data.name}', str(moved)):
+        assert everything in done(walk(data, '--resume', '--out_rw', tmp_path / 'rw' / '..' / 'rw/',
+                                       '--cam_dir', f'{root}/cam/', '--weights', f'{root}/aff.pth',
+                                       '--ignore_crf', f'{root}/crf_4.0/', f'{root}/crf_24.0'))
+    refused(walk(data, '--resume', '--out_rw', tmp_path / 'rw', '--ignore_crf', 'crf_24.0', 'crf_4.0'),
+            'ignore_crf', '4.0', '24.0')
+
+
+def test_walk_notices_that_the_cams_are_others(data, tmp_path):
+    flags = '--cam_dir', tmp_path / 'cam', '--out_rw', tmp_path / 'rw', '--resume'
+    shutil.copytree(data / 'cam', tmp_path / 'cam')
+    done(walk(data, *flags))
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--scales', 0.5))
+    refused(walk(data, *flags), 'rw (--out_rw)', 'cam_dir scales', '[1.0]', '[0.5]')
+
+
+def test_folder_of_another_program_is_told_from_others_by_a_file(tmp_path):
+    for folder, content in (('a', b'one.'), ('b', b'two.'), ('empty', None)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'note.txt').write_text('no result')
+        if content:
+            (tmp_path / folder / 'x.npy').write_bytes(content)
+    one, again, two, empty = (outputs.describe_folder(f'{tmp_path}/{folder}', 'cam_dir')
+                              for folder in ('a', 'b/../a/', 'b', 'empty'))
+    assert one == again != two and list(one) == ['cam_dir first file'] and empty == {}
+
+
+def test_starting_anew_says_so_and_replaces_file_by_file(data, tmp_path):
+    cam = tmp_path / 'cam'
+    done(cams(data, '--out_cam', cam, '--scales', 0.5))
+    (cam / 'other.npy').write_bytes(b'of another list.')
+    out = done(cams(data, '--out_cam', cam))
+    assert out.count('warning: ') == 1 and 'scales was [0.5], is [1.0]' in out
+    ours = contents(cam)
+    assert ours.pop('other.npy') and ours == contents(data / 'cam')
+    done(cams(data, '--out_cam', cam, '--cam_format', 'npz'))
+    assert [path.name for path in cam.glob('*.npy')] == ['other.npy'] and len(list(cam.glob('*.npz'))) == 7
+
+
+def open_folder(path, scales=1, names='abc', resume=False):
+    """A ResultFolder of these settings, opened for a run over `names`, and the names that are to do."""
+    folder = outputs.ResultFolder(str(path), '--out_cam', '.npy', {'scales': scales})
+    return folder, outputs.open_folders([folder], list(names), resume)
+
+
+def todo(path, scales=1, names='abc'):
+    return ''.join(open_folder(path, scales, names, resume=True)[1])
+
+
+@pytest.mark.parametrize('kill_at', ['first file', 'settings', 'second rank'])
+def test_killed_while_starting_anew_leaves_no_old_file_that_passes_for_a_new_one(tmp_path, monkeypatch, kill_at):
+    write(open_folder(tmp_path, 1)[0], 'abc')
+    assert todo(tmp_path, 1) == ''
+
+    if kill_at == 'settings':       # the journal is empty, the settings are still the old ones
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+            patch.setattr(outputs, 'atomic_write', lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            open_folder(tmp_path, 2)
+        assert todo(tmp_path, 1) == 'abc'
+    elif kill_at == 'first file':
+        folder, names = open_folder(tmp_path, 2)
+        assert names == list('abc') and len(list(tmp_path.glob('*.npy'))) == 3      # the old ones can still be read
+        write(folder, 'b')
+        assert todo(tmp_path, 2) == 'ac'
+    else:                           # has not begun when the first one is killed
+        folder, _ = open_folder(tmp_path, 2, names='ac')
+        write(folder, 'a')
+        assert todo(tmp_path, 2) == 'bc'
+        write(open_folder(tmp_path, 2, names='b')[0], 'b')      # it begins later, anew: what the first one made stays
+        assert todo(tmp_path, 2) == 'c'
+
+
+def test_a_run_anew_with_the_same_settings_forgets_its_images_and_no_others(tmp_path):
+    """The settings are the same after an edit of the code, the results are not."""
+    write(open_folder(tmp_path)[0], 'abc')
+    folder, names = open_folder(tmp_path, names='ab')
+    assert names == ['a', 'b']
+    write(folder, 'a')
+    assert todo(tmp_path) == 'b'
+
+
+def test_file_without_its_line_in_the_journal_is_made_again(tmp_path):
+    """Killed between the two. The other way round, the file is missing or of another size: a copy that was cut."""
+    write(open_folder(tmp_path)[0], 'ab')
+    (tmp_path / 'c.npy').write_bytes(b'whole.')
+    (tmp_path / 'b.npy').write_bytes(b'who')
+    assert todo(tmp_path) == 'bc'
+    (tmp_path / 'a.npy').unlink()
+    assert todo(tmp_path) == 'abc'
+
+
+@pytest.mark.parametrize('cut', range(1, 10))
+def test_torn_last_line_of_the_journal_counts_for_nothing(tmp_path, cut):
+    write(open_folder(tmp_path, names=['n', 'n1', 'n12'])[0], ['n', 'n12'])
+    (tmp_path / 'n1.npy').write_bytes(b'whole.')                 # of an earlier run
+    journal = tmp_path / outputs.JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    folder, names = open_folder(tmp_path, names=['n', 'n1', 'n12'], resume=True)
+    assert names == (['n1'] if cut == 1 else ['n', 'n1', 'n12'] if cut > 7 else ['n1', 'n12'])
+    write(folder, names)
+    assert open_folder(tmp_path, names=['n', 'n1', 'n12'], resume=True)[1] == []
+
+
+def test_journal_survives_a_copy_without_dates(tmp_path):
+    write(open_folder(tmp_path / 'a')[0], 'ab')
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b', copy_function=shutil.copyfile)
+    for path in (tmp_path / 'b').iterdir():
+        os.utime(path, (0, 0))
+    assert todo(tmp_path / 'b') == 'c'
+
+
+def test_processes_that_share_a_journal_lose_no_line(tmp_path):
+    folder, _ = open_folder(tmp_path, names=())
+    names = [f'n{number}' for number in range(100)]
+    with workers.BoundedPool(2) as pool:
+        for part in range(4):
+            pool.submit(write, folder, names[part::4])
+    assert folder.finished() == set(names)
+
+
+def test_nothing_is_finished_where_the_file_could_not_be_written(tmp_path):
+    folder, _ = open_folder(tmp_path)
+    with pytest.raises(CannotWrite), folder.writing('a'):
+        raise CannotWrite('full')
+    assert not folder.finished()
+
+
+def test_one_folder_for_two_outputs_is_refused(data, tmp_path):
+    refused(cams(data, '--out_cam', tmp_path / 'x', '--out_cam_pred', f'{tmp_path}/./x/'), '--out_cam')
+    refused(walk(data, '--out_rw', f'{data}/cam'), '--out_rw')
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('script', ['infer_SEAM', 'infer_aff'])
+def test_killed_run_goes_on_to_the_same_result(data, script, tmp_path):
+    command = {'infer_SEAM': ['--network', SEAM, '--weights', 'seam.pth', '--scales', '1', '--out_cam'],
+               'infer_aff': ['--network', AFF, '--weights', 'aff.pth', '--cam_dir', 'cam', '--out_rw']}[script]
+    folder = tmp_path / 'out'
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, script + '.py'), '--infer_list', LIST,
+                                '--num_workers', '1', *command, str(folder)], cwd=data,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(folder.glob('*.*[gy]')):
+        time.sleep(.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if script == 'infer_SEAM':
+        done(cams(data, '--out_cam', folder, '--resume'))
+    else:
+        done(walk(data, '--out_rw', folder, '--resume'))
+    assert contents(folder) == contents(data / {'infer_SEAM': 'cam', 'infer_aff': 'rw'}[script])
+
+
+def test_full_disk_leaves_whole_files_alone(data, tmp_path, small_files):
+    refused(cams(data, '--out_cam', tmp_path / 'cam'), '.npy')
+    finished = contents(tmp_path / 'cam')
+    assert finished.items() <= contents(data / 'cam').items() and len(finished) < len(names_of(data))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    done(cams(data, '--out_cam', tmp_path / 'cam', '--resume'))
+    assert contents(tmp_path / 'cam') == contents(data / 'cam')
+
+
+def test_folder_that_cannot_be_written(data):
+    refused(cams(data, '--out_cam', '/sys/cam'), '/sys/cam', '--out_cam')
+    refused(walk(data, '--out_rw', '/sys/rw'), '/sys/rw', '--out_rw')
