@@ -107,6 +107,11 @@ def test_batches_are_permutations_shared_by_the_ranks(monkeypatch):
     assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
 
 
+def test_finished_training_has_no_batches_left_when_its_list_is_shorter():
+    batches = torchutils.StepBatches(10, 4, 8, 6, seed=3)
+    assert len(batches) == 0 and list(batches) == []
+
+
 def test_classifier_is_fitted_to_every_image_once_whatever_batches_and_ranks(monkeypatch):
     for rank, batch_size in (('0', 4), ('1', 4), ('1', 10), ('1', 3)):
         monkeypatch.setenv('RANK', rank)

@@ -91,7 +91,7 @@ class StepBatches(Sampler):
         self.epoch_steps = size // batch_size
 
     def __len__(self):
-        return self.max_step - self.start
+        return max(self.max_step - self.start, 0)       # a shorter list may end before `start`
 
     def __iter__(self):
         rank, ranks = get_rank() if self.share else (0, 1)
