@@ -1,4 +1,7 @@
-"""tool/tables.py: what it refuses before anything runs."""
+"""tool/tables.py: what it refuses before anything runs, and the scripts that it runs."""
+import argparse
+import collections
+import os
 import shutil
 import signal
 import sys
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 
 from tables_runs import commands
-from tool import tables
+from tool import image_lists, tables
 from tool.cli import BadInput
 from voc12.lists import CAT_LIST
 
@@ -119,3 +122,21 @@ time.sleep(float(sys.argv[1]))
         tables.run_child([sys.executable, str(script), '.2'])
     finally:
         signal.signal(number, before)
+
+
+def test_lists_of_one_file_name_are_all_processed(tmp_path, monkeypatch):
+    processed = []
+
+    def run_child(command):
+        processed.append(image_lists.load_img_name_list(command[command.index('--infer_list') + 1]))
+    monkeypatch.setattr(tables, 'run_child', run_child)
+    tables.run.cache_clear()
+    args = argparse.Namespace(out=str(tmp_path), seed=0, resume=False, made=collections.defaultdict(set),
+                              **dict.fromkeys(tables.SHARED_FLAGS))
+    os.makedirs(tables.result_path(args))
+    for folder, names in (('first', 'a'), ('second', 'ab'), ('third', 'abc')):
+        path = tmp_path / folder / 'train.txt'
+        path.parent.mkdir()
+        path.write_text('\n'.join(names))
+        tables.infer(args, 'infer_SEAM.py', str(path), [str(tmp_path / 'cam')])
+    assert processed == [['a'], ['b'], ['c']]

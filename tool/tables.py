@@ -145,7 +145,9 @@ def infer(args, script, names, folders, *flags):
     if not todo:
         return
     if len(todo) < len(wanted):
-        names = result_path(args, os.path.basename(folders[0]), 'rest of', os.path.basename(names))
+        # `run` goes by the path, and several lists may have one name
+        rest = f'after {len(args.made[folders[0]])} the rest of'
+        names = result_path(args, os.path.basename(folders[0]), rest, os.path.basename(names))
         write_text(names, ''.join(f'{name}.jpg\n' for name in todo))       # with it, a name may have blanks
     for folder in folders:
         args.made[folder].update(todo)
