@@ -177,7 +177,7 @@ def get_args_parser():
         help='test scales, as factors of the image size (the scale table of the paper)')
     add('--flip', default=1, type=int, choices=[0, 1], help='1 also runs the mirror image at each scale; 0 does not')
     add('--cam_dir', help='folder of finished CAMs, instead of --weights: only --out_crf and --out_cam_pred are made')
-    add('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'], 
+    add('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
         help='which map to save: cam_rv is refined by PCM, cam is the plain CAM')
     add('--pcm', default='on', choices=['on', 'off'], help='off replaces the refined map by the plain CAM')
     add('--crf_alpha', default=[4.0, 24.0], type=float, nargs='+',
@@ -315,13 +315,12 @@ def main(args):
                         maps, probability = run_views(net, cam_views, args.map, args.flip, device, args.amp)
                     if tag_views:
                         _, probability = run_views(net, tag_views, 'cam', args.flip, device, args.amp)
-                    # a probability that is NaN counts, and its map is refused below
-                    taken = label.numpy() > 1e-5 if thresholds is None else ~(probability <= thresholds)
+                    taken = label.numpy() > 1e-5 if thresholds is None else probability > thresholds
                     classes = np.flatnonzero(taken).tolist()
                     cam = multi_scale_cam(maps, cam_views, classes, size)
-                    if not np.isfinite(cam).all():
-                        raise BadInput(f'the maps of {name} are NaN or infinite (--weights {args.weights}, --amp '
-                                       f'{args.amp})')
+                    if not np.isfinite(cam).all() or (tag_folder and not np.isfinite(probability).all()):
+                        raise BadInput(f'the maps or the probabilities of {name} are NaN or infinite (--weights '
+                                       f'{args.weights}, --amp {args.amp})')
                     cam_dict = dict(zip(classes, normalize_cam(cam)))
                     if tag_folder:
                         with tag_folder.writing(name) as path, atomic_write(path) as file:

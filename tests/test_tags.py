@@ -12,6 +12,7 @@ import infer_seg
 import tiny_deeplab
 import tiny_SEAM
 from helpers import LIST, done, names_of, refused, run
+from network import seam
 from network.seam import class_scores
 from tool import score_files, torchutils, training
 from tool.cli import BadInput
@@ -194,6 +195,13 @@ def test_threshold_for_each_class_scales_of_the_tags_and_resume(data, tmp_path):
         cams(data, *flags, '--resume'))
     assert (tmp_path / 'tags/tags.csv').read_text() == before
     refused(cams(data, *flags[:-1], 1, '--resume'), 'tag_scales')
+
+
+@pytest.mark.parametrize('flags', [(), ('--tag_threshold', .5)])
+def test_probability_that_is_no_number_is_refused(data, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(seam, 'class_scores', lambda cam: cam.mean(dim=(2, 3)) * float('nan'))
+    refused(cams(data, '--infer_list', LIST, '--out_tags', tmp_path / 'tags', *flags), names_of(data)[0], '--amp')
+    assert not list((tmp_path / 'tags').glob('*.npy'))
 
 
 def test_known_tags_suggest_a_threshold(data):
