@@ -185,9 +185,8 @@ def walk_image(net, img, cam_dict, alpha, beta, logt, device='cpu', amp='off'):
 
 def save_pictures(names, folder, voc12_root, vis_dir):
     """Writes images and their pseudo labels, of a ResultFolder, side by side."""
-    for name in names:
-        if not os.path.isfile(folder.file(name)):       # it was skipped, or is another rank's
-            continue
+    finished = folder.finished()        # the others were skipped, or are another rank's
+    for name in filter(finished.__contains__, names):
         with no_more_than_a_warning(f'no picture of {name}'):
             img = np.asarray(image_files.read_image(get_img_path(name, voc12_root)))
             labels = visualization.labels_on_image(img, image_files.read_label_map(folder.file(name), folder.flag))

@@ -47,6 +47,19 @@ def test_pictures_of_the_first_images(data, tmp_path):
     assert Image.open(tmp_path / f'vis/{names[0]}.jpg').size[0] > 150
 
 
+def test_label_of_an_earlier_run_is_not_drawn_for_an_image_that_was_skipped(data, tmp_path):
+    name = names_of(data)[0]
+    folder = outputs.ResultFolder(str(tmp_path / 'rw'), '--out_rw', '.png', {})
+    folder.open([name], resume=False)
+    (tmp_path / f'rw/{name}.png').write_bytes((data / f'rw/{name}.png').read_bytes())
+    infer_aff.save_pictures([name], folder, str(data / 'VOC2012'), str(tmp_path))
+    assert not (tmp_path / f'{name}.jpg').exists()
+    with folder.writing(name):
+        pass
+    infer_aff.save_pictures([name], folder, str(data / 'VOC2012'), str(tmp_path))
+    assert (tmp_path / f'{name}.jpg').exists()
+
+
 def test_picture_that_cannot_be_drawn_stops_nothing(data, tmp_path, monkeypatch):
     def save_picture(*_):
         raise ValueError('too\nlarge')
