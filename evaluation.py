@@ -186,10 +186,10 @@ def get_args_parser():
     add('--t', type=float, help='background score in 0..1, for --type npy without --curve')
     add('--curve', default=False, type=str2bool, nargs='?', const=True, metavar='BOOL',
         help='evaluate CAM dicts at all background scores of --t_list')
-    add('--t_list', type=float, nargs='+', metavar='T', 
+    add('--t_list', type=float, nargs='+', metavar='T',
         help='background scores of --curve, ascending. Default: 0.00 to 0.59, extended to 0.99 if the best one is '
              'close to 0.59')
-    add('--mean_classes', nargs='+', metavar='NAME', 
+    add('--mean_classes', nargs='+', metavar='NAME',
         help='classes for an additional mean, which then selects the best score, such as: background cat dog')
     # outputs
     add('--logfile', default='./evallog.txt', help='log file; the result is appended to it')

@@ -29,8 +29,8 @@ class NotFinite(ArithmeticError):
 def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
     """Wraps a script's `main`: what the user can mend ends it with one line on stderr and exit code 2, Ctrl-C with 130;
     output into a closed pipe (`| head`) ends it without a word, with 141, and output to a closed terminal with 129, or
-    with the exit code that it has already. Characters that the console cannot print
-    become escapes. memory_help: the flags that help where memory runs out."""
+    with the exit code that it has already. Characters that the console cannot print become escapes. memory_help: the
+    flags that help where memory runs out."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')

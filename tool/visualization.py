@@ -5,7 +5,7 @@
 
 draws the results of finished folders side by side: a row for each of the first images of the list.
 
-    python tool/visualization.py --voc12_root VOC2012 --list LIST --out sheet.png --count 20 --seed 0 \
+    python tool/visualization.py --voc12_root VOC2012 --list LIST --out sheet.png --count 20 --seed 0 \\
         --cam_dir cam --t 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8
 
 draws the labels of one folder of CAMs at several background thresholds, to choose one where there are no masks. In full
