@@ -61,10 +61,10 @@ def split_labels(labels, parts):
             yield index, mask
 
 
-def describe_label_map(name, args, num_classes):
+def describe_label_map(name, label_dir, voc12_root, num_classes, parts):
     """Of one image: (its entry for the JSON, list of its annotations, number of its pixels of 255), ids left out.
-    Raises BadInput for a label map that does not fit the image or the classes."""
-    path, image_path = os.path.join(args.label_dir, name + '.png'), get_img_path(name, args.voc12_root)
+    parts: see `split_labels`. Raises BadInput for a label map that does not fit the image or the classes."""
+    path, image_path = os.path.join(label_dir, name + '.png'), get_img_path(name, voc12_root)
     labels = read_label_map(path, '--label_dir')
     h, w = labels.shape
     if decode_image(image_path, f'the image {image_path} (--voc12_root)', lambda img: img.size) != (w, h):
@@ -74,7 +74,7 @@ def describe_label_map(name, args, num_classes):
         raise BadInput(f'{path} (--label_dir) has the value {next(iter(beyond))}; there are {num_classes} classes '
                        '(--class_names)')
     annotations = []
-    for index, mask in split_labels(labels, args.parts):
+    for index, mask in split_labels(labels, parts):
         rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
         annotations.append({'category_id': index, 'iscrowd': 0, 'area': int(coco_mask.area(rle)),
                             'bbox': coco_mask.toBbox(rle).tolist(),
@@ -102,7 +102,8 @@ def main(args):
             'categories': [{'id': index, 'name': name, 'supercategory': ''}
                            for index, name in enumerate(class_names, 1)],
             'images': [], 'annotations': []}
-    work = functools.partial(describe_label_map, args=args, num_classes=len(class_names))
+    work = functools.partial(describe_label_map, label_dir=args.label_dir, voc12_root=args.voc12_root,
+                             num_classes=len(class_names), parts=args.parts)
     empty = ignored = 0
     for number, (image, annotations, unknown) in enumerate(parallel_map(work, names, args.num_workers, 'labels'), 1):
         data['images'].append({'id': number, **image})
