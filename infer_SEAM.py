@@ -236,11 +236,11 @@ def check_args(args):
         raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
 
 
-def scores_of_pictures(args):
-    """Background scores at which the pictures show labels: that of the run's label maps, and those that have the effect
-    of its CRF exponents (the CRF itself is not drawn); --out_cam_pred_alpha where the run writes CAMs alone."""
-    of_crfs = [threshold_of(alpha) for alpha in args.crf_alpha] if args.out_crf else []
-    return of_crfs if of_crfs and not args.out_cam_pred else [args.out_cam_pred_alpha, *of_crfs]
+def scores_of_pictures(crf_alphas, has_label_maps, label_score):
+    """Background scores at which the pictures of a run show labels: that of its label maps, and those that have the
+    effect of its CRF exponents (the CRF itself is not drawn); `label_score` alone where the run writes CAMs alone."""
+    of_crfs = [threshold_of(alpha) for alpha in crf_alphas]
+    return of_crfs if of_crfs and not has_label_maps else [label_score, *of_crfs]
 
 
 def save_picture(path, orig_img, cam_dict, class_names, background_scores):
@@ -296,6 +296,8 @@ def main(args):
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
+    drawn_scores = scores_of_pictures(args.crf_alpha if args.out_crf else [], bool(args.out_cam_pred),
+                                      args.out_cam_pred_alpha)
     errors = Errors(args.on_error, MEMORY_HELP)
     space = SpaceCheck(folders, todo)
 
@@ -334,7 +336,7 @@ def main(args):
                 if name in pictured:
                     with no_more_than_a_warning(f'no picture of {name}'):
                         save_picture(os.path.join(args.vis_dir, name + '.jpg'), orig_img, cam_dict, class_names,
-                                     scores_of_pictures(args))
+                                     drawn_scores)
                 if crf_folders:
                     pool.submit(write_crf, name, cam_dict, args.crf_alpha, orig_img, crf_folders, args.cam_dtype,
                                 backend, device, name=name)

@@ -108,12 +108,10 @@ def test_cams_that_do_not_fit_their_image_are_refused(root):
 
 # ----- the pictures of infer_SEAM.py -----
 
-@pytest.mark.parametrize('flags, expected', [
-    (['--out_crf', 'crf', '--crf_alpha', '1', '4'], [.5, .28]), (['--out_cam_pred', 'p'], [.26]),
-    (['--out_cam_pred', 'p', '--out_cam_pred_alpha', '.4', '--out_crf', 'crf', '--crf_alpha', '1'], [.4, .5]),
-    (['--out_cam', 'cam', '--out_cam_pred_alpha', '.6'], [.6])])
-def test_pictures_show_labels_at_the_thresholds_that_the_run_uses(flags, expected):
-    scores = infer_SEAM.scores_of_pictures(infer_SEAM.get_args_parser().parse_args(flags))
+@pytest.mark.parametrize('given, expected', [
+    (([1, 4], False, .26), [.5, .28]), (([], True, .26), [.26]), (([1], True, .4), [.4, .5]), (([], False, .6), [.6])])
+def test_pictures_show_labels_at_the_thresholds_that_the_run_uses(given, expected):
+    scores = infer_SEAM.scores_of_pictures(*given)
     assert np.round(scores, 2).tolist() == expected
 
 
