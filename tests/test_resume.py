@@ -1,4 +1,6 @@
 """Trainings that stop and go on: all of them end with the weights of the plain run."""
+import contextlib
+import io
 import os
 import shlex
 import signal
@@ -94,6 +96,24 @@ def test_killed_loader_worker_is_told_and_the_checkpoint_stays(data, trainer):
     out = wait_for_the_end(trainer)
     assert 'loader' in out and 'killed' in out and 'exit code 2\n' in out
     assert weights(data / 'orphan_last.pth')['step'] >= 1
+
+
+@pytest.mark.parametrize('write', [1, 3])
+def test_worker_killed_while_the_checkpoint_is_written_is_no_full_disk(tmp_path, monkeypatch, capsys, write):
+    """PyTorch's zip writer passes on an error of the first write; later it raises one of its own."""
+    class Signalled(io.BytesIO):
+        writes = 0
+
+        def write(self, content):
+            self.writes += 1
+            if self.writes == write:
+                raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')
+            return super().write(content)
+
+    monkeypatch.setattr(training, 'atomic_write', lambda path: contextlib.nullcontext(Signalled()))
+    with pytest.raises(SystemExit) as end, cli.exit_on_bad_input():
+        training.save_weights(torch.nn.Linear(2, 2), tmp_path / 'net.pth')
+    assert end.value.code == 2 and '--num_workers' in capsys.readouterr().err
 
 
 def test_training_under_nohup_goes_on_when_the_terminal_is_closed():

@@ -45,7 +45,7 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
         except Exception as error:
             if is_out_of_memory(error):
                 exit_with(f'error: out of memory; what helps: {memory_help}', 2)
-            if isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error):
+            if is_killed_loader(error):
                 exit_with('error: a loader process was killed, perhaps for lack of memory (--num_workers)', 2)
             raise
         finally:
@@ -79,6 +79,16 @@ def is_out_of_memory(error):
         return any(words in text for words in ('out of memory', 'allocate memory', 'not enough memory', 'bad_alloc',
                                                'status_alloc_failed'))
     return isinstance(error, MemoryError)
+
+
+def is_killed_loader(error):
+    """Whether a loader process was killed. PyTorch's signal handler raises that error wherever the program is, also
+    inside `torch.save`, whose own error then has it as its context."""
+    while error:
+        if isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def exit_with(line, code):

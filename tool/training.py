@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tool.cli import HANG_UP, BadInput, NotFinite, check_file, check_range, is_out_of_memory
+from tool.cli import HANG_UP, BadInput, NotFinite, check_file, check_range, is_killed_loader, is_out_of_memory
 from tool.devices import check_replicas, get_device, get_rank, peak_memory, seed_gpus
 from tool.files import atomic_write, describe
 from tool.pyutils import Logger
@@ -173,6 +173,8 @@ def _save(what, path):
         try:
             torch.save(what, file)
         except RuntimeError as error:       # of PyTorch's zip writer, whose write failed
+            if is_killed_loader(error):
+                raise
             raise OSError(errno.EIO, 'is the disk full?') from error
 
 
