@@ -1,4 +1,5 @@
-"""AffinityNet's head (Ahn and Kwak, CVPR 2018), on any backbone of network/base.py: how alike are two near pixels?"""
+"""AffinityNet's head (Ahn and Kwak, CVPR 2018), on any backbone of network/base.py: do two near pixels show one class?
+"""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,10 +9,11 @@ from tool.affinity_pairs import STRIDE, fit_radius, pair_indices, pair_offsets
 
 
 def pairwise_affinity(x, radius):
-    """x: embeddings (N, C, h, w) -> affinities (N, offsets, from), each exp(-mean |difference|) in (0, 1].
+    """Computes the affinities of pairs of pixels, exp(-mean |difference of their embeddings|) in (0, 1].
+    x: embeddings (N, C, h, w). Returns (N, offsets, from).
 
-    Offsets are those of `pair_offsets(radius)`. "From" pixels, in row-major order, are all that have every
-    neighbour inside the map: no columns within radius-1 of the left and right border, no last radius-1 rows.
+    Offsets are those of `pair_offsets(radius)`. "From" pixels, in row-major order, are those whose neighbours all lie
+    inside the map: without the radius-1 columns at the left and right border and the last radius-1 rows.
     """
     n, _, h, w = x.shape
     reach = radius - 1
@@ -19,15 +21,16 @@ def pairwise_affinity(x, radius):
     start = x[:, :, :rows, reach:reach + columns]
     affinities = [torch.exp(-(x[:, :, dy:dy + rows, reach + dx:reach + dx + columns] - start).abs().mean(dim=1))
                   for dy, dx in pair_offsets(radius)]                       # each (N, rows, columns)
-    if not affinities:      # radius 1: every pixel is alone
+    if not affinities:      # radius 1: no pixel has a neighbour
         return x.new_zeros(n, 0, rows * columns)
     return torch.stack(affinities, dim=1).flatten(2)
 
 
 def to_dense_matrix(aff, h, w, radius):
-    """aff: (1, offsets, from) of an h x w map -> symmetric (hw, hw), unit diagonal, 0 for pixels that form no pair."""
+    """Returns the affinities of one image, aff (1, offsets, from) of an h x w map, as a symmetric matrix (hw, hw): 1 on
+    the diagonal, 0 for pixels that form no pair."""
     if len(aff) != 1:
-        raise ValueError(f'a dense matrix is made for one image at a time, not {len(aff)}')
+        raise ValueError(f'the dense matrix is for one image at a time; the batch has {len(aff)}')
     ind_from, ind_to = (torch.from_numpy(index).to(aff.device) for index in pair_indices(h, w, radius))
     matrix = torch.eye(h * w, dtype=aff.dtype, device=aff.device)
     ind_from = ind_from.expand_as(ind_to)                                  # both (offsets, from)
@@ -37,12 +40,12 @@ def to_dense_matrix(aff, h, w, radius):
 
 
 class AffinityHead(Network):
-    """Pairs are pixels of the feature map less than `radius` apart. The options: see `Network`."""
+    """Computes affinities of pixels of the feature map less than `radius` apart. `Network` describes the options."""
     kind = 'affinity'
     radius = 5
 
     def __init__(self, train_bn=False, checkpointing=False, dropout=1.0, backbone=None):
-        """backbone: a name, for backbones that are chosen by one (`--backbone`)."""
+        """backbone: name of the backbone, for networks that `--backbone` selects one for."""
         super().__init__(*([backbone] if backbone else []))
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
         narrow4, narrow5, narrow6 = self.width, 2 * self.width, 4 * self.width      # 64, 128, 256 in the paper
@@ -58,10 +61,11 @@ class AffinityHead(Network):
         self.set_options(train_bn, checkpointing, dropout)
 
     def forward(self, x, to_dense=False):
-        """x: normalised images (N, 3, H, W); pairs are of pixels of an h x w map, h = ceil(H/8), w = ceil(W/8).
+        """Computes the affinities of images. x: normalised images (N, 3, H, W). The pixels of a pair are those of an
+        h x w map, h = ceil(H/8), w = ceil(W/8).
 
-        Returns affinities (N, offsets, from) as `pairwise_affinity`, or with to_dense (N = 1 only) the
-        (hw, hw) matrix. The radius shrinks where the map is small: see `fit_radius`.
+        Returns affinities (N, offsets, from) like `pairwise_affinity`, or with to_dense (N = 1 only) the (hw, hw)
+        matrix. On small maps the radius is smaller: see `fit_radius`.
         """
         features = self.forward_as_dict(x)
         f = torch.cat([F.elu(self.f8_3(features['conv4'])),

@@ -1,18 +1,18 @@
-"""DeepLabv1's head (Chen et al. 2015) as the published retraining used it, on any backbone of network/base.py."""
+"""DeepLabv1's head (Chen et al. 2015), as the published retraining used it, on any backbone of network/base.py."""
 import torch.nn.functional as F
 from torch import nn
 
 from network.base import NORMS, Network
 
-BN_MOMENTUM = 3e-4      # published, for 20,000 steps: share by which a step moves the running statistics
+BN_MOMENTUM = 3e-4      # of batch norm, as published for 20,000 steps: how far a step moves the running statistics
 
 
 class DeepLab(Network):
-    """A segmentation network: one dilated convolution on conv6 of `backbone`, a Network without a head.
+    """Segmentation network: a dilated convolution and a classifier on conv6 of `backbone`, a Network without a head.
 
-    As published, nothing is frozen in training: batch norm normalises by the batch, and a step moves its running
-    statistics by the share `bn_momentum`, in the backbone too; its gains and shifts are in no parameter group, so they
-    stay what they were. With `freeze_bn` all norms use their running statistics, which then stay too.
+    As published, no layer is frozen in training. Batch norm, also that of the backbone, normalises by the batch, and a
+    step moves its running statistics by the share `bn_momentum`. Its gains and shifts are in no parameter group, so
+    they never change. With `freeze_bn` all norms use their running statistics, which then do not change either.
     """
     kind = 'segmentation'
 
@@ -38,11 +38,11 @@ class DeepLab(Network):
                 module.momentum = bn_momentum
 
     def frozen_norms(self):
-        """All norms: as published, the optimizer has no gain and no shift, not even those of the new layers."""
+        """List of all norms: as published, no gain or shift is trained, not even those of the new layers."""
         return [module for module in self.modules() if isinstance(module, NORMS)]
 
     def train(self, mode=True):
-        """Sets the mode. Freezes nothing but, with `freeze_bn`, the running statistics of the norms. Returns self."""
+        """Sets the mode; with `freeze_bn`, the norms stay in evaluation mode. Freezes no layer. Returns self."""
         nn.Module.train(self, mode)
         for norm in self.frozen_norms() if self.freeze_bn else ():
             norm.eval()
@@ -59,7 +59,8 @@ class DeepLab(Network):
         return self.backbone.load_pretrained()
 
     def rename_pretrained(self, weights):
-        """Of a file that is not this network's: the backbone's weights, without the head of SEAM or AffinityNet."""
+        """Returns the state dict with the names of this network. Of a file of another network, such as SEAM or
+        AffinityNet, it keeps only the backbone."""
         trained = {name.removeprefix('backbone.'): weights[name] for name in weights if name.startswith('backbone.')}
         renamed = self.backbone.rename_pretrained(trained or weights)
         renamed = {'backbone.' + name: renamed[name] for name in self.backbone.state_dict() if name in renamed}

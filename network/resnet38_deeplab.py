@@ -4,7 +4,7 @@ from network.deeplab import BN_MOMENTUM, DeepLab
 
 
 class Net(DeepLab):
-    """See `DeepLab`. `width`: of ResNet38, 64 in the paper's network."""
+    """`DeepLab` on a ResNet38 of this `width`, 64 in the paper."""
 
     def __init__(self, num_classes=20, freeze_bn=False, bn_momentum=BN_MOMENTUM, checkpointing=False, width=64):
         super().__init__(resnet38d.Net(width), num_classes, freeze_bn, bn_momentum, checkpointing)

