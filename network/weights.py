@@ -14,7 +14,7 @@ NEEDED = 'a file of torch.save(net.state_dict(), ...) is needed'
 
 
 def _read(path):
-    """Returns the content of a `.pth` of PyTorch, a safetensors file or MXNet's ImageNet file, told apart by their first
+    """Returns the content of a `.pth` of PyTorch, a safetensors file or MXNet's ImageNet file, told apart by the first
     bytes. Runs no code in them. Raises ValueError for other files; for a damaged file, any exception."""
     with open(path, 'rb') as file:
         start = file.read(200)

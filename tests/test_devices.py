@@ -38,7 +38,8 @@ def test_trained_batch_norm_takes_one_of_several_gpus(gpus, capsys):
     gpus(4)
     device = devices.get_device(None, one_gpu=True)
     assert device == torch.device('cuda:0') and devices.count_replicas(device) == 1
-    assert capsys.readouterr().out == 'one of 4 GPUs is used: --train_bn needs whole batches\n'
+    out = capsys.readouterr().out
+    assert '4 GPUs' in out and '--train_bn' in out and out.count('\n') == 1
     assert devices.count_replicas(devices.get_device(None)) == 4
 
 
@@ -68,7 +69,7 @@ def test_old_driver_is_told_in_one_line(gpus, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', old_driver)
     assert devices.get_device(None) == torch.device('cpu')
     out, err = capsys.readouterr()
-    assert out.count('\n') == 1 and 'driver on your system is too old' in out and 'CPU is used' in out
+    assert out.count('\n') == 1 and 'driver on your system is too old' in out and 'CPU' in out
     assert not err and 'Triggered' not in out
     with pytest.raises(BadInput, match='--device cuda: .*too old'):
         devices.get_device('cuda')

@@ -121,7 +121,7 @@ def test_name_that_is_not_utf8_is_refused(tmp_path):
 
 
 def test_trailing_bytes_are_refused(tmp_path):
-    check_refused(tmp_path, params_file([VECTOR], ['a']) + b'\0', 'at byte 73', '1 bytes too many')
+    check_refused(tmp_path, params_file([VECTOR], ['a']) + b'\0', 'at byte 73', '1 bytes')
 
 
 def test_other_file_is_refused(tmp_path):
@@ -147,7 +147,7 @@ def test_sparse_storage_is_refused(version, tmp_path):
     struct.pack('<I2i2q3i', 0xF993FACA, 0, 2, 3, -1, 1, 0, 0),   # V3, unknown dimension
 ])
 def test_absent_array_is_refused(array, tmp_path):
-    check_refused(tmp_path, params_file([array], ['a']), 'at byte 24', 'no array')
+    check_refused(tmp_path, params_file([array], ['a']), 'at byte 24', 'placeholder')
 
 
 def test_lying_number_of_arrays_is_refused(tmp_path):

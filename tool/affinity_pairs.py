@@ -7,15 +7,15 @@ STRIDE = 8      # pixels per cell of the map
 
 
 def fit_radius(h, w, radius=5):
-    """The radius in effect on an h x w map: as given, or (edge - 1) // 2 where the smaller edge is below
-    2 radius + 1. At least 1, which gives no pairs (the reference crashes there)."""
+    """Returns the radius for an h x w map: `radius`, or (edge - 1) // 2 if the smaller edge is below 2 radius + 1. At
+    least 1, with which no pixels form a pair (the reference crashes there)."""
     edge = min(h, w)
     return radius if edge >= 2 * radius + 1 else max((edge - 1) // 2, 1)
 
 
 def pair_offsets(radius):
-    """List of (dy, dx), half of the disc of that radius: to the right first, then row by row below.
-    34 offsets for radius 5; the order is that of AffinityNet's output channels."""
+    """List of the offsets (dy, dx) from a pixel to its partners: half of the disc of that radius, first to the right,
+    then row by row below. 34 offsets for radius 5; the order is that of AffinityNet's output channels."""
     offsets = [(0, dx) for dx in range(1, radius)]
     return offsets + [(dy, dx) for dy in range(1, radius) for dx in range(1 - radius, radius)
                       if dx * dx + dy * dy < radius * radius]
@@ -23,7 +23,7 @@ def pair_offsets(radius):
 
 @functools.lru_cache(maxsize=8)
 def pair_indices(h, w, radius):
-    """Flat indices into an h x w map: (ind_from (from,), ind_to (offsets, from)), int64.
+    """Returns the pairs of pixels as flat indices into an h x w map: (ind_from (from,), ind_to (offsets, from)), int64.
 
     "From" pixels are all but the last radius-1 rows and the radius-1 columns at each side.
     """

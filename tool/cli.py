@@ -14,23 +14,23 @@ HANG_UP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []      # of a termi
 
 
 class BadInput(ValueError):
-    """A file or a flag that the user has to change. Its text is one line: what, which file, which flag."""
+    """A file or a flag that the user has to change. Its text is one line: what is wrong, which file, which flag."""
 
 
 class CannotWrite(BadInput):
-    """A file that cannot be written: the disk is full, or the folder read-only."""
+    """A file that cannot be written, because the disk is full or the folder read-only."""
 
 
 class NotFinite(ArithmeticError):
-    """A loss that is no number any more. Its text is one line, as BadInput's."""
+    """A loss that is NaN or infinite. Its text is one line, as that of BadInput."""
 
 
 @contextlib.contextmanager
 def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
-    """Wraps a script's `main`: what the user can mend ends it with one line on stderr and exit code 2, Ctrl-C with 130;
-    output into a closed pipe (`| head`) ends it without a word, with 141, and output to a closed terminal with 129, or
-    with the exit code that it has already. Characters that the console cannot print become escapes. memory_help: the
-    flags that help where memory runs out."""
+    """Context for a script's `main`, which turns exceptions into exit codes. An error that the user can mend ends the
+    script with one line on stderr and exit code 2, Ctrl-C with 130. If its output goes to a closed pipe (`| head`), it
+    ends silently with 141; to a closed terminal, with 129 or the exit code that it already has. Characters that the
+    console cannot print become escapes. memory_help: text on the flags that help if memory runs out."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
@@ -46,7 +46,7 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
             if is_out_of_memory(error):
                 exit_with(f'error: out of memory; what helps: {memory_help}', 2)
             if is_killed_loader(error):
-                exit_with('error: a loader process was killed, perhaps for lack of memory (--num_workers)', 2)
+                exit_with('error: a loader process was killed, perhaps for lack of memory: try fewer --num_workers', 2)
             raise
         finally:
             try:
@@ -57,24 +57,24 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
                     raise
                 discard_output()
     except OSError as error:
-        if terminal_closed and error.errno == errno.EIO:        # while the script ran; else EIO is of a file
-            sys.exit(129)                   # as of a process that SIGHUP ends
+        if terminal_closed and error.errno == errno.EIO:        # else a file caused EIO
+            sys.exit(129)                   # as for a process that SIGHUP ends
         if error.filename or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
         discard_output()
         if error.errno == errno.EPIPE:
-            sys.exit(141)                   # as of a process that SIGPIPE ends
+            sys.exit(141)                   # as for a process that SIGPIPE ends
         exit_with(f'error: cannot write the output: {error.strerror}', 2)
 
 
 def discard_output():
-    """What is left of the output of this process goes nowhere, so that Python does not fail on it at its end."""
+    """Sends the rest of this process's output nowhere, so that Python does not fail on it when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_out_of_memory(error):
-    """Whether an exception says that memory ran out: of Python, NumPy, PyTorch on a CPU or a GPU, or the system."""
-    if isinstance(error, (RuntimeError, OSError)):      # PyTorch has no class for all of its own
+    """Whether an exception says that memory ran out, in Python, NumPy, PyTorch on a CPU or a GPU, or the system."""
+    if isinstance(error, (RuntimeError, OSError)):      # PyTorch has no common class for these errors
         text = str(error).lower()
         return any(words in text for words in ('out of memory', 'allocate memory', 'not enough memory', 'bad_alloc',
                                                'status_alloc_failed'))
@@ -82,8 +82,8 @@ def is_out_of_memory(error):
 
 
 def is_killed_loader(error):
-    """Whether a loader process was killed. PyTorch's signal handler raises that error wherever the program is, also
-    inside `torch.save`, whose own error then has it as its context."""
+    """Whether an exception says that a loader process was killed. PyTorch's signal handler raises it wherever the
+    program is, also inside `torch.save`, whose own error then has it as its context."""
     while error:
         if isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error):
             return True
@@ -92,17 +92,17 @@ def is_killed_loader(error):
 
 
 def exit_with(line, code):
-    with contextlib.suppress(OSError):      # stderr on a full disk
+    with contextlib.suppress(OSError):      # stderr may be a file on a full disk
         tqdm.write(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr)     # below a progress bar
     sys.exit(code)
 
 
 def dead_link(path):
-    """A text for messages where `path`, or a folder above it, is a link to what is not there; else ''."""
+    """Text for a message if `path`, or a folder above it, is a link to something that does not exist; else ''."""
     link, above = os.path.abspath(path), None
     while link != above:
         if os.path.islink(link) and not os.path.exists(link):
-            return (f'{link} is a link to {os.readlink(link)}, which is not there: was it moved, or is a disk not '
+            return (f'{link} is a link to {os.readlink(link)}, which does not exist: was it moved, or is a disk not '
                     'mounted?')
         link, above = os.path.dirname(link), link
     return ''
@@ -121,8 +121,8 @@ def check_file(path, flag):
 
 
 def check_range(args, low, high, *names):
-    """Raises BadInput for the first of these flags (numbers, or lists of them) that is not in low..high. None passes:
-    the flag is not given."""
+    """Raises BadInput for the first of these flags (a number, or a list of them) that is not in low..high. A flag that
+    is None was not given, and passes."""
     for name in names:
         values = getattr(args, name)
         numbers = values if isinstance(values, list) else [values]
@@ -131,7 +131,7 @@ def check_range(args, low, high, *names):
 
 
 def make_dir(path, flag):
-    """Creates the folder `path`, parents included; raises BadInput where that fails."""
+    """Creates the folder `path` with its parents; raises BadInput if that fails."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -139,8 +139,9 @@ def make_dir(path, flag):
 
 
 def import_network(name, kind, backbone=None):
-    """The class Net of the module of the `--network` flag, a `Network` of network/base.py of this kind: 'SEAM',
-    'affinity' or 'segmentation'. backbone: the `--backbone` flag, a name for networks that take one. Raises BadInput.
+    """Returns the class Net of a module, a `Network` of network/base.py.
+    name: the `--network` flag. kind: which the script needs, 'SEAM', 'affinity' or 'segmentation'. backbone: the
+    `--backbone` flag, or None. Raises BadInput for a module without such a Net.
     """
     try:
         module = importlib.import_module(name)
@@ -149,18 +150,18 @@ def import_network(name, kind, backbone=None):
     net = getattr(module, 'Net', None)
     if getattr(net, 'kind', None) != kind:
         what = f'its Net has the kind {getattr(net, "kind", None)!r}' if net else 'it has no class Net'
-        raise BadInput(f'{name} (--network) does not suit this script, which needs a network of the kind {kind!r}: '
+        raise BadInput(f'{name} (--network) is not for this script, which needs a network of the kind {kind!r}: '
                        f'{what}')
     if backbone is None:
         return net
     if not net.takes_backbone:
-        raise BadInput(f'--backbone {backbone}: {name} (--network) has a backbone of its own; network.timm_SEAM, '
-                       'network.timm_aff and network.timm_deeplab take one of timm by its name')
+        raise BadInput(f'--backbone {backbone}: {name} (--network) has its own backbone; leave --backbone out, or use '
+                       'one of network.timm_SEAM, network.timm_aff and network.timm_deeplab')
     return functools.partial(net, backbone=backbone)
 
 
 def str2bool(text):
-    """argparse type for flags that the reference declared `type=bool`: `--curve False` means no."""
+    """argparse type for flags that the reference declared as `type=bool`. Here `--curve False` means False."""
     if text.lower() in ('true', 'yes', 'on', '1'):
         return True
     if text.lower() in ('false', 'no', 'off', '0', ''):

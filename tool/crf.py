@@ -9,7 +9,7 @@ from tool.workers import available_cores
 
 
 class Kernels(NamedTuple):
-    """The Gaussian kernels of the CRF: those of AffinityNet, which the published numbers are of."""
+    """Gaussian kernels of the CRF. The defaults are AffinityNet's, with which the published numbers were made."""
     sxy_gauss: float = 3            # pixels
     compat_gauss: float = 3         # weight
     sxy_bilateral: float = 80       # pixels
@@ -18,7 +18,7 @@ class Kernels(NamedTuple):
 
 
 class CRF(NamedTuple):
-    """The numbers of one use of the CRF."""
+    """Settings of one use of the CRF."""
     iterations: int                 # of mean field
     kernels: Kernels = Kernels()
 
@@ -30,13 +30,14 @@ SEGMENTATION_CRF = CRF(iterations=1, kernels=Kernels(sxy_bilateral=32))     # in
 
 
 def describe_crf(numbers=CAM_CRF):
-    """The numbers of a CRF as a dict, for the settings of a result folder."""
+    """Returns the settings of a CRF as a dict, for settings.json of a result folder."""
     return {'iterations': numbers.iterations, **numbers.kernels._asdict()}
 
 
 def choose_crf_backend(backend):
-    """What `--crf_backend` stands for: pydensecrf or torch; None: pydensecrf where it is installed and works, else
-    torch with a line that says why. Raises BadInput."""
+    """Returns the backend for the `--crf_backend` flag, 'pydensecrf' or 'torch'. None chooses pydensecrf if it is
+    installed and works, else torch, and a line says why. Raises BadInput if pydensecrf is demanded but does not work.
+    """
     if backend == 'torch':
         return backend
     try:
@@ -48,14 +49,14 @@ def choose_crf_backend(backend):
         if backend is None:
             print(f'pydensecrf {cause}; the CRF runs in PyTorch (--crf_backend torch)')
             return 'torch'
-        raise BadInput(f'--crf_backend pydensecrf: it {cause}; pip install pydensecrf2 (a C++ compiler, Python 3.11 or '
-                       '3.12), or take --crf_backend torch') from error
+        raise BadInput(f'--crf_backend pydensecrf: it {cause}; pip install pydensecrf2 (with a C++ compiler and Python '
+                       '3.11 or 3.12), or use --crf_backend torch') from error
     return 'pydensecrf'
 
 
 def choose_crf_workers(workers, backend, device):
-    """What `--crf_workers` stands for; None: all cores where a GPU runs the network, else none. backend: of the CRF,
-    None where there is no CRF. PyTorch's needs no processes."""
+    """Returns the number of CRF processes for the `--crf_workers` flag. None means all cores if a GPU runs the network,
+    else none. backend: of the CRF, None without a CRF; only pydensecrf uses processes."""
     if backend != 'pydensecrf':
         return 0
     if workers is None:
@@ -65,22 +66,22 @@ def choose_crf_workers(workers, backend, device):
 
 def crf_inference(img, probs, t=CAM_CRF.iterations, scale_factor=1, labels=None, kernels=CAM_CRF.kernels,
                   backend='pydensecrf', device='cpu'):
-    """The dense CRF of one set of scores, float32 (labels, H, W), whose number may be left out: see `crf_inferences`.
-    Returns float32 (labels, H, W)."""
+    """Runs the dense CRF on one set of scores, float32 (labels, H, W). Returns float32 (labels, H, W).
+    labels: the number of labels, which may be left out; the other arguments as for `crf_inferences`."""
     if labels is not None and len(probs) != labels:
-        raise ValueError(f'probs have {len(probs)} labels, not {labels}')
+        raise ValueError(f'probs has {len(probs)} labels, not {labels}')
     return crf_inferences(img, [probs], t, scale_factor, kernels, backend, device)[0]
 
 
 def crf_inferences(img, several_probs, t=CAM_CRF.iterations, scale_factor=1, kernels=CAM_CRF.kernels,
                    backend='pydensecrf', device='cpu'):
-    """Fully connected CRF (Kraehenbuehl and Koltun 2011) for several sets of scores of one image: its filters are set
-    up once.
+    """Runs the fully connected CRF (Kraehenbuehl and Koltun 2011) on several sets of scores of one image, for which it
+    sets up the filters only once.
 
-    img: uint8 (H, W, 3) RGB. several_probs: list of float32 (labels, H, W); clipped to [1e-5, 1], columns need not sum
-    to 1. t: mean-field iterations. scale_factor divides the spatial extents of the kernels. backend: pydensecrf, or
-    torch on `device`, the same up to rounding.
-    Returns a list of float32 (labels, H, W), posteriors that sum to 1 per pixel.
+    img: uint8 (H, W, 3) RGB. several_probs: list of float32 (labels, H, W); they are clipped to [1e-5, 1], and need not
+    sum to 1. t: number of mean-field iterations. scale_factor divides the spatial extents of the kernels. backend:
+    pydensecrf, or torch on `device`; both agree up to rounding.
+    Returns a list of float32 (labels, H, W), posteriors that sum to 1 at each pixel.
     """
     shape = (len(several_probs[0]), *img.shape[:2])
     if any(probs.shape != shape for probs in several_probs):

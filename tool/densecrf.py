@@ -1,12 +1,12 @@
-"""Dense CRF in plain PyTorch, on CPU or GPU: the answer of pydensecrf (its x86 build) without a compiler.
+"""Dense CRF in plain PyTorch, on CPU or GPU. It computes the same as pydensecrf (its x86 build) without a compiler.
 
 The model and its mean-field inference are Kraehenbuehl and Koltun's, "Efficient Inference in Fully Connected CRFs
 with Gaussian Edge Potentials", NIPS 2011. Their message passing is Gaussian filtering of all pixels by all pixels,
 which the permutohedral lattice of Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral
 Lattice", Eurographics 2010, approximates in time and memory linear in the pixels.
 
-The lattice has d + 1 integer coordinates a point, which sum to 0 and share their remainder modulo d + 1. Names of
-sizes: n pixels, d features, m lattice points (vertices), s stacked problems, k labels.
+A lattice point has d + 1 integer coordinates, which sum to 0 and have the same remainder modulo d + 1. Names of sizes:
+n pixels, d features, m lattice points (vertices), s stacked problems, k labels.
 """
 import math
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 # ----- the lattice -----
 
 def enclosing_simplex(features):
-    """The simplex of the lattice that holds each point (Adams et al., pages 5, 6 and 10).
+    """Finds the simplex of the lattice around each point (Adams et al., pages 5, 6 and 10).
 
     features: float32 (d, n), in units of the Gaussian's standard deviation. Returns
     corner: float32 (d + 1, n), whole numbers: the simplex's vertex of remainder 0;
@@ -58,10 +58,10 @@ def enclosing_simplex(features):
 
 
 class PermutohedralLattice:
-    """Gaussian filter over arbitrary points, built once and applied to many values. features: float32 (d, n).
+    """Gaussian filter over arbitrary points, which is built once and then filters any values. features: float32 (d, n).
 
     Splat, blur and slice are sums of table rows, so each is one `embedding_bag`. The table of lattice values has
-    m + 1 rows; the last stays 0 and stands for the neighbours that do not exist.
+    m + 1 rows; the last row stays 0 and stands for neighbours that do not exist.
     """
 
     def __init__(self, features):
@@ -77,7 +77,7 @@ class PermutohedralLattice:
         lowest = corner.amin(1) - 2 * (d + 1)
         span = (corner.amax(1) + 3 * (d + 1) - lowest).tolist()     # multiples of d + 1, as all of corner
         if math.prod(span) >= 2 ** 63:
-            raise ValueError(f'the features span {span} lattice steps, too many for 64 bits: give larger deviations')
+            raise ValueError(f'the features span {span} lattice steps, too many for 64 bits: use larger deviations')
         stride = torch.tensor([math.prod(span[i + 1:]) for i in range(d)] + [0], device=device)
         axis_step = stride.sum() - (d + 1) * stride                 # along axis j: +1 everywhere, -d at j
 
@@ -127,7 +127,7 @@ class PermutohedralLattice:
 # ----- the CRF -----
 
 def softmax_(logits):
-    """In place over the last dimension of (n, s, k): on a CPU, twice as fast as torch.softmax for few labels."""
+    """Softmax in place over the last dimension of (n, s, k); on a CPU twice as fast as torch.softmax for few labels."""
     logits -= logits.amax(-1, keepdim=True)
     logits.exp_()
     logits /= logits.sum(-1, keepdim=True)
@@ -135,19 +135,19 @@ def softmax_(logits):
 
 
 def to_tensor(values, dtype=None, device=None):
-    """Array or tensor -> tensor. Arrays are copied, since torch takes no read-only or mirrored ones as they are."""
+    """Converts an array or tensor to a tensor. Arrays are copied, since torch accepts no read-only or mirrored ones."""
     values = values if torch.is_tensor(values) else np.array(values, order='C')
     return torch.as_tensor(values, dtype=dtype, device=device)
 
 
 def unary_energy(probs, clip=1e-5):
-    """Energies -log(p), float32, of probabilities p of any shape (array or tensor), which are clipped to [clip, 1]
-    and need not sum to 1. Stack several for `DenseCRF.inference`."""
+    """Returns the energies -log(p), float32, of probabilities p of any shape (array or tensor), which are clipped to
+    [clip, 1] and need not sum to 1. Stack several for `DenseCRF.inference`."""
     return -to_tensor(probs, torch.float32).clamp(clip, 1).log()
 
 
 class DenseCRF:
-    """Fully connected CRF of one image; the lattices are built once and serve any number of `inference` calls.
+    """Fully connected CRF of one image. Its lattices are built once, for any number of `inference` calls.
 
     img: uint8 (H, W, 3) RGB, array or tensor. kernels: tool.crf.Kernels. The pairwise energy of two pixels with
     different labels (Kraehenbuehl and Koltun, eq. 3) is compat_gauss times a Gaussian of their distance (sxy_gauss
@@ -182,7 +182,7 @@ class DenseCRF:
 
     @torch.no_grad()
     def inference(self, unary_stack, t=10):
-        """t mean-field iterations (Kraehenbuehl and Koltun, algorithm 1) of s independent problems on the image.
+        """Runs t mean-field iterations (Kraehenbuehl and Koltun, algorithm 1) of s independent problems on the image.
 
         unary_stack: energies (s, k, H, W), array or tensor. Returns float32 (s, k, H, W) posteriors on the CRF's
         device; those of a pixel sum to 1.

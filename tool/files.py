@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; why one could not be read."""
+"""Writing files whole or not at all, digests, and why a file could not be read."""
 import contextlib
 import hashlib
 import os
@@ -9,10 +9,10 @@ from tool.cli import CannotWrite, is_out_of_memory
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Opens a temporary binary file beside `path` and renames it to `path` when the block ends well.
+    """Opens a temporary binary file beside `path`, and renames it to `path` when the block ends without an error.
 
-    A run that is killed, or an error in the block, leaves `path` as it was. Raises CannotWrite, a BadInput, where the
-    disk is full or the folder is read-only.
+    A run that is killed, or an error in the block, leaves `path` unchanged. Raises CannotWrite, a BadInput, if the disk
+    is full or the folder read-only.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}')
@@ -29,13 +29,13 @@ def atomic_write(path):
 
 
 def file_digest(path):
-    """Eight bytes of a file's blake2b, as hex: tells weight files of one name apart."""
+    """Returns a digest of a file's content, eight bytes of blake2b as hex."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def describe(error):
-    """One printable line on why a file could not be read."""
+    """Returns one printable line on why a file could not be read. error: the exception."""
     if is_out_of_memory(error):
         return 'out of memory'
     if isinstance(error, (LookupError, TypeError, AttributeError)):

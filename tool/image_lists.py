@@ -1,4 +1,4 @@
-"""Lists of image names, and the images that they name, as voc12 and the tools read them. Needs no torch."""
+"""Reads lists of image names and finds their images, for voc12/ and tool/. Needs no torch."""
 import os
 import re
 
@@ -11,11 +11,11 @@ MAX_TEXT = 100 * 2 ** 20           # bytes of a list
 
 
 def read_lines(path, flag):
-    """Lines of a utf-8 text file of up to 100 MiB, with or without a byte-order mark. Raises BadInput naming the path
-    and its flag, also for control characters, which would reach the terminal with the next message."""
+    """Returns the lines of a utf-8 text file of up to 100 MiB, with or without a byte-order mark. flag: named the path,
+    for messages. Raises BadInput, also for control characters, which messages would send to the terminal."""
     check_file(path, flag)
     if os.path.getsize(path) > MAX_TEXT:
-        raise BadInput(f'{path} ({flag}) is larger than {MAX_TEXT >> 20} MiB: no list')
+        raise BadInput(f'{path} ({flag}) is larger than {MAX_TEXT >> 20} MiB, so it is no list')
     try:
         with open(path, encoding='utf-8-sig') as file:
             lines = file.read().splitlines()
@@ -23,44 +23,44 @@ def read_lines(path, flag):
         raise BadInput(f'cannot read {path} ({flag}) as a text file: {error}') from error
     for number, line in enumerate(lines, 1):
         if re.search(r'[\x00-\x08\x0e-\x1f\x7f-\x9f]', line):
-            raise BadInput(f'{path} ({flag}) has control characters in line {number}: no text file')
+            raise BadInput(f'{path} ({flag}) has control characters in line {number}, so it is no text file')
     return lines
 
 
 def get_img_path(name, voc12_root):
-    """Path of an image under the data root: NAME.jpg, or where that is missing NAME with another of IMG_EXTENSIONS."""
+    """Returns the path of an image in the data root: NAME.jpg or, if that is missing, NAME with another extension."""
     stem = os.path.join(voc12_root, IMG_FOLDER, name)
     return next((stem + extension for extension in IMG_EXTENSIONS if os.path.isfile(stem + extension)), stem + '.jpg')
 
 
 def check_list_exists(path, flag):
-    """Raises BadInput unless the list is there: with the command that makes it, if it is one of voc12/, or where it is,
-    if the working directory is another than that of the repository."""
+    """Raises BadInput if a list does not exist. The message says which command makes it, if it is one of voc12/, or
+    where it is, if the command was not started in the folder of the repository."""
     if os.path.isfile(path) or dead_link(path):
         return
     here = os.path.join(REPO_ROOT, path)
     if os.path.isfile(here):
         raise BadInput(f'no such list: {path} ({flag}) in the working directory {os.getcwd()}; start the command in '
-                       f'{REPO_ROOT}, or name {here}')
+                       f'{REPO_ROOT}, or use {here}')
     if os.path.basename(os.path.dirname(os.path.abspath(path))) == 'voc12':
         elsewhere = os.path.abspath(path) != os.path.abspath(here)
         source = ' --sbd_root benchmark_RELEASE' if os.path.basename(path) == 'train_aug.txt' else ''
-        there = f' in {REPO_ROOT}, where this command is to be started too' if elsewhere else ''
+        there = f' in {REPO_ROOT} (start this command there too)' if elsewhere else ''
         raise BadInput(f'no such list: {path} ({flag}); make it{there} with: '
                        f'python voc12/make_lists.py --voc12_root VOC2012{source}')
 
 
 def load_img_name_list(path, flag='--train_list or --infer_list'):
-    """Image names of a list file, in order.
+    """Returns the image names in a list file, in order.
 
-    Accepts VOC's own form (one name a line) and the two-column form of AffinityNet and SEAM
-    (`/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`); blank lines are passed over, and whole numbers behind
+    A list has VOC's own form (one name per line) or the two-column form of AffinityNet and SEAM
+    (`/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`). Blank lines are ignored, and so are whole numbers behind
     VOC's names (-1, 0 or 1 in its lists of one class, class indices in those of other code). The first column ends
-    behind an extension, so names may have blanks there. Only its file name counts, so every image is one of the data
-    root.
-    `flag` is the command-line flag that named the file, for the messages.
-    Raises BadInput for a missing or empty list, and for a name that leaves the data root: `..` as a folder or a name;
-    for a backslash, blanks in a name without an extension, and columns behind one.
+    with an extension, so names with an extension may contain blanks. Only the file name of the column counts, so every
+    image lies in the data root.
+    flag: the command-line flag that named the file, for messages.
+    Raises BadInput for a missing or empty list, for a name that leaves the data root (`..` as a folder or a name), for
+    a backslash, and for blanks in a name without an extension or columns behind it.
     """
     check_list_exists(path, flag)
     names = []
@@ -73,7 +73,7 @@ def load_img_name_list(path, flag='--train_list or --infer_list'):
         if '\\' in field:
             cure = 'it has a backslash: write / between folders'
         elif not column and len(line.split()) > 1:
-            cure = 'delete the columns behind the name; a name with blanks needs its extension'
+            cure = 'delete the columns behind the name, or add the extension to a name with blanks'
         if cure or name in ('', '.') or '..' in field.split('/'):
             raise BadInput(f'{path} ({flag}) has {line[:100]!r}, which is no name of an image in the data root'
                            + (f'; {cure}' if cure else ''))

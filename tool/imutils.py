@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-# people look for these here
+# people expect these functions here
 from tool.crf import crf_inference      # noqa: F401
 from tool.image_files import IGNORE, read_image, read_label_map, save_label_map      # noqa: F401
 from tool.score_files import load_scores, save_scores      # noqa: F401
@@ -15,32 +15,32 @@ STD = (0.229, 0.224, 0.225)
 
 
 def normalize(img):
-    """RGB image with values 0..255 -> float32 (H, W, 3), zero mean and unit deviation over ImageNet.
+    """Normalises an RGB image with values 0..255 to zero mean and unit deviation over ImageNet, float32 (H, W, 3).
     uint8 is computed in double and rounded once, float32 stays float32, as in the reference."""
     x = np.asarray(img) / 255.
     return ((x - np.asarray(MEAN, x.dtype)) / np.asarray(STD, x.dtype)).astype(np.float32)
 
 
 def denormalize(img):
-    """float32 CHW normalised image -> uint8 (H, W, 3). float32 arithmetic in this order, truncated: the
-    random walk's CRF was published with these very values, of which two fifths end one below the file's."""
+    """Converts a normalised image, float32 CHW, back to uint8 (H, W, 3). It computes in float32 in this order and
+    truncates, because the CRF of the published random walk saw these values; two fifths are one below the file's."""
     x = np.stack([(img[i] * np.float32(STD[i]) + np.float32(MEAN[i])) * np.float32(255) for i in range(3)], axis=-1)
     return np.clip(x, 0, 255).astype(np.uint8)
 
 
 def HWC_to_CHW(img):
-    """(H, W, C) array -> (C, H, W) view."""
+    """Returns a (C, H, W) view of an (H, W, C) array."""
     return np.transpose(img, (2, 0, 1))
 
 
 def resize(img, scale):
-    """PIL image scaled by a factor, each side rounded half to even, bicubic."""
+    """Resizes a PIL image by a factor, bicubic; each side is rounded half to even."""
     w, h = img.size
     return img.resize((max(round(w * scale), 1), max(round(h * scale), 1)), Image.Resampling.BICUBIC)
 
 
 class RandomResizeLong:
-    """Resizes a PIL image so that its long side is a random integer in [min_long, max_long]; bicubic."""
+    """Resizes a PIL image, bicubic, so that its long side is a random integer in [min_long, max_long]."""
 
     def __init__(self, min_long, max_long):
         self.min_long, self.max_long = min_long, max_long
@@ -52,9 +52,9 @@ class RandomResizeLong:
 
 
 def get_random_crop_box(imgsize, cropsize):
-    """Where a random crop goes. imgsize: (h, w). Returns eight ints: top, bottom, left, right in the
-    cropsize x cropsize container, then in the image. A smaller image lands at a random place of the container.
-    One draw of `random` per axis, horizontal first."""
+    """Chooses the place of a random crop. imgsize: (h, w). Returns eight ints: top, bottom, left, right in the
+    cropsize x cropsize container, then in the image. A smaller image is put at a random place of the container.
+    Draws one number of `random` per axis, horizontal first."""
     h, w = imgsize
     (img_left, cont_left), (img_top, cont_top) = (
         (offset, 0) if side > cropsize else (0, offset)
@@ -64,7 +64,7 @@ def get_random_crop_box(imgsize, cropsize):
 
 
 class RandomCrop:
-    """Crops (H, W, C) to float32 (cropsize, cropsize, C); what lies outside the image is 0."""
+    """Crops (H, W, C) to float32 (cropsize, cropsize, C), with 0 outside the image."""
 
     def __init__(self, cropsize):
         self.cropsize = cropsize
@@ -77,14 +77,14 @@ class RandomCrop:
 
 
 class RandomHorizontalFlip:
-    """Mirrors (H, W, C) half of the time, by one bit of `random`."""
+    """Mirrors (H, W, C) with probability 1/2, by one bit of `random`."""
 
     def __call__(self, img):
         return np.fliplr(img).copy() if random.getrandbits(1) else img
 
 
 class AvgPool2d:
-    """Mean over ksize x ksize cells of (H, W, C). The last cells are filled up with zeros and divided by ksize**2."""
+    """Means over ksize x ksize cells of (H, W, C). The last cells are padded with zeros and divided by ksize**2."""
 
     def __init__(self, ksize):
         self.ksize = ksize
@@ -97,7 +97,7 @@ class AvgPool2d:
         return rows.reshape(h // k, w // k, k, c).sum(axis=2) / k ** 2
 
 
-# ----- transforms of an image and its labels: (img, label) -> the same, both changed alike -----
+# ----- transforms of an image and its label together: (img, label) -> (img, label) -----
 
 class OnImage:
     """Applies a transform of images; the label stays."""
@@ -117,19 +117,19 @@ class OnLabel(OnImage):
 
 
 class OnBoth(OnImage):
-    """Applies one draw of a transform of (H, W, C) to img (H, W, 3) and label (H, W, K), as one array of 3 + K."""
+    """Applies a transform of (H, W, C) with the same random numbers to img (H, W, 3) and label (H, W, K)."""
 
     def __call__(self, img, label):
         both = self.transform(np.concatenate([img, label], axis=-1))
         return both[..., :3], both[..., 3:]
 
 
-# for segmentation: img (H, W, 3), label (H, W); the draws of Python's `random` are in the order of the reference, which
-# rescales with OpenCV and not with Pillow
+# for segmentation: img (H, W, 3), label (H, W). Random numbers are drawn in the order of the reference, which resizes
+# with OpenCV and not with Pillow
 
 class JitterHSV:
-    """Adds whole numbers within +-hue, +-saturation, +-value to the channels of 8-bit HSV (hue 0..179, which goes
-    round; the others stop at 0 and 255). img: uint8 RGB."""
+    """Shifts hue, saturation and value by random whole numbers of at most these sizes. img: uint8 RGB. The channels are
+    those of 8-bit HSV: hue 0..179 wraps around, the others are clipped to 0..255."""
 
     def __init__(self, hue, saturation, value):
         self.most = hue, saturation, value
@@ -142,21 +142,21 @@ class JitterHSV:
 
 
 def mirror_at_random(img, label):
-    """Mirrors both half of the time."""
+    """Mirrors both with probability 1/2."""
     if random.random() < 0.5:
         return np.fliplr(img).copy(), np.fliplr(label).copy()
     return img, label
 
 
 def rescale(img, factor, interpolation=cv2.INTER_CUBIC):
-    """(H, W[, C]) scaled by a factor: sides rounded half to even, samples exactly 1/factor apart, not smoothed. A
-    factor that would leave less than a pixel is enlarged."""
+    """Resizes (H, W[, C]) by a factor: sides are rounded half to even, samples lie exactly 1/factor apart, without
+    smoothing. A factor that would leave less than a pixel is enlarged."""
     factor = max(factor, 0.51 / min(img.shape[:2]))
     return cv2.resize(img, None, fx=factor, fy=factor, interpolation=interpolation)
 
 
 class RandomScale:
-    """Scales both by a factor uniform in low..high: the image bicubic, the label to the nearest pixel."""
+    """Resizes both by a random factor, uniform in low..high: the image bicubic, the label to the nearest pixel."""
 
     def __init__(self, low, high):
         self.low, self.high = low, high
@@ -167,12 +167,12 @@ class RandomScale:
 
 
 def normalize_image(img, label):
-    """`normalize` in float32 arithmetic throughout; the label stays."""
+    """Normalises the image like `normalize`, but in float32 arithmetic throughout; the label stays."""
     return normalize(img.astype(np.float32)), label
 
 
 class RandomCropBoth(RandomCrop):
-    """Crops both to cropsize x cropsize; outside the image is 0 (the mean colour, once normalised), the label 255."""
+    """Crops both to cropsize x cropsize. Outside, the image is 0 (the mean colour, if normalised), the label 255."""
 
     def __call__(self, img, label):
         both = super().__call__(np.dstack([img, label.astype(np.float32) - IGNORE]))        # 0 is outside of both

@@ -1,4 +1,4 @@
-"""Measures of segmentation from counts of pixels, and of classification. K = 1 + number of classes; index K stands for
+"""Measures of segmentation, from counts of pixels, and of classification. K = 1 + number of classes; index K stands for
 values that are no class."""
 import numpy as np
 
@@ -6,7 +6,7 @@ from tool.image_files import IGNORE
 
 
 def confusion(gt, pred, num_classes):
-    """int64 (K+1, K+1) pixel counts, rows ground truth, columns prediction. 255 in gt is left out."""
+    """Counts pixels: returns int64 (K+1, K+1), rows ground truth, columns prediction. Leaves out 255 in gt."""
     other = 1 + num_classes
     counted = gt != IGNORE
     gt, pred = np.minimum(gt[counted], other).astype(np.int64), np.minimum(pred[counted], other).astype(np.int64)
@@ -14,16 +14,17 @@ def confusion(gt, pred, num_classes):
 
 
 def confusion_curve(gt, scores, thresholds, num_classes):
-    """int64 (thresholds, K+1, K+1): `confusion` of a CAM dict at each of the ascending background scores, in one pass.
+    """Computes the `confusion` of a CAM dict at each of the ascending background thresholds in one pass, int64
+    (thresholds, K+1, K+1).
 
-    A pixel belongs to its best class (the lowest of equals; absent classes compete with 0) where that score is
-    strictly above the threshold, compared in float32, and else to the background.
+    A pixel belongs to its best class (the lowest of equals; absent classes compete with 0) if that score is strictly
+    above the threshold, compared in float32, and otherwise to the background.
     """
-    absent = [key for key in range(num_classes) if key not in scores][:1]       # of all with 0, the lowest wins
+    absent = [key for key in range(num_classes) if key not in scores][:1]       # all have 0, so the lowest wins
     keys = sorted([*scores, *absent])
     stack = np.stack([scores[key] if key in scores else np.zeros(gt.shape) for key in keys]).astype(np.float32)
     best = np.array(keys)[stack.argmax(axis=0)]
-    # at how many of the thresholds, counted from the lowest, does the class win?
+    # number of thresholds, from the lowest, at which the best class wins over the background
     wins = np.searchsorted(thresholds.astype(np.float32), stack.max(axis=0), side='left')
     counted = gt != IGNORE
     bins = (len(thresholds) + 1, num_classes + 2, num_classes + 2)
@@ -36,8 +37,9 @@ def confusion_curve(gt, scores, thresholds, num_classes):
 
 
 def class_measures(matrix):
-    """Of int64 (..., K+1, K+1) confusion: IoU, and the false-positive and the false-negative share of the union,
-    each float64 (..., K) in percent. The three sum to 100; all are 0 for a class that is nowhere."""
+    """Returns the IoU of each class, and the shares of false positives and of false negatives in the union, each
+    float64 (..., K) in percent. The three sum to 100; for a class that no pixel has, all are 0.
+    matrix: int64 (..., K+1, K+1), see `confusion`."""
     true_positive = np.diagonal(matrix, axis1=-2, axis2=-1)
     truth, prediction = matrix.sum(axis=-1), matrix.sum(axis=-2)
     union = truth + prediction - true_positive + 1e-10
@@ -46,12 +48,12 @@ def class_measures(matrix):
 
 
 def mean_measures(matrix, chosen=None):
-    """Of int64 (..., K+1, K+1) confusion: dict of float64 (...) in percent.
+    """Returns the mean measures of a confusion matrix, int64 (..., K+1, K+1): dict of float64 (...) in percent.
 
-    mIoU is the mean over all K classes, as in the reference; mIoU_present over those that occur in the ground truth
-    (fewer in a small data set); mIoU_chosen, where there is a list `chosen` of class indices, over these. mFP
-    (over-activation) and mFN (under-activation) are means over the chosen classes, or those present; accuracy counts
-    pixels."""
+    mIoU is the mean over all K classes, as in the reference; mIoU_present is the mean over those that occur in the
+    ground truth (fewer in a small data set); mIoU_chosen is the mean over `chosen`, a list of class indices or None.
+    mFP (over-activation) and mFN (under-activation) are means over the chosen classes or, without `chosen`, over those
+    present. accuracy is the share of correct pixels."""
     iou, false_positive, false_negative = class_measures(matrix)
     present = matrix.sum(axis=-1)[..., :-1] > 0                         # (..., K)
     counted = present if chosen is None else np.isin(np.arange(iou.shape[-1]), chosen)
@@ -68,8 +70,8 @@ def mean_measures(matrix, chosen=None):
 
 
 def average_precision(scores, labels):
-    """float64 (C,) in percent, nan for a class without images: how well each class's images are ranked first.
-    scores: (N, C); labels: (N, C) of 0 and 1."""
+    """Returns the average precision of each class, float64 (C,) in percent: 100 if the scores rank all images of the
+    class first, nan for a class without images. scores: (N, C); labels: (N, C) of 0 and 1."""
     order = np.argsort(-scores, axis=0, kind='stable')
     hits = np.take_along_axis(labels > 0, order, axis=0)                # (N, C), best score first
     precision = hits.cumsum(axis=0) / np.arange(1, len(hits) + 1)[:, None]
@@ -78,8 +80,9 @@ def average_precision(scores, labels):
 
 
 def best_tag_threshold(probability, labels):
-    """The threshold 0.01, 0.02, ... 0.99 with the best F1 of all classes together, the lowest of equals, when a class
-    is tagged where its probability is above it. Returns (threshold, precision, recall, F1), the last three in percent.
+    """Finds the threshold of the probabilities, of 0.01, 0.02, ... 0.99, whose tags have the best F1 over all classes
+    together; the lowest of equals. A class is tagged if its probability is above the threshold.
+    Returns (threshold, precision, recall, F1), the last three in percent.
     probability: (N, C) in 0..1; labels: (N, C) of 0 and 1."""
     thresholds = np.arange(1, 100) / 100
     tagged = probability > thresholds[:, None, None]                    # (99, N, C)
@@ -91,7 +94,7 @@ def best_tag_threshold(probability, labels):
 
 
 class ClassificationMeter:
-    """Mean average precision over the images since the last `pop`; tensors of a GPU stay there until then."""
+    """Mean average precision (mAP) over the images since the last `pop`. Tensors stay on the GPU until then."""
 
     def __init__(self):
         self._batches = []
@@ -101,7 +104,7 @@ class ClassificationMeter:
         self._batches.append((scores, labels))
 
     def pop(self):
-        """Returns (mAP, the mAP of chance), in percent, None where no image has a class, and starts over."""
+        """Returns (mAP, the mAP of random scores) in percent, None if no image has a class. Then starts over."""
         scores, labels = (np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*self._batches))
         self._batches = []
         share = labels.mean(axis=0)

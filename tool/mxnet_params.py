@@ -4,14 +4,14 @@ All numbers are little-endian and nothing is padded:
 
     u64 0x112, u64 0, u64 n, n arrays, u64 n, n names (u64 length, utf-8 bytes), end of file.
 
-The first u32 of an array tells its version, and with it how the shape is written:
+The first u32 of an array is its version, which determines how the shape is written:
 
     V0  (until 2017)  the number of dimensions itself, then that many u32
     V1  0xF993FAC8    u32 dimensions, i64 each
     V2  0xF993FAC9    i32 storage type (0 is dense), i32 dimensions, i64 each
-    V3  0xF993FACA    as V2; only here do 0 dimensions mean a scalar, elsewhere they mean "no array"
+    V3  0xF993FACA    like V2, but 0 dimensions mean a scalar; in other versions they mean "no array"
 
-Then follow i32 device type, i32 device id, i32 dtype code and the values in C order.
+After the shape come i32 device type, i32 device id, i32 dtype code and the values in C order.
 """
 import math
 import mmap
@@ -21,18 +21,18 @@ import struct
 import numpy as np
 
 V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
-HEADERS = {V1: 'I', V2: '2i', V3: '2i'}     # what follows the version; the last of it is the number of dimensions
-MAX_DIMS = 32                               # the most that every numpy can hold; weights have 4 at most
+HEADERS = {V1: 'I', V2: '2i', V3: '2i'}     # numbers that follow the version; the last is the number of dimensions
+MAX_DIMS = 32                               # most that every numpy allows; weights have 4 at most
 DTYPES = dict(enumerate('<f4 <f8 <f2 u1 <i4 i1 <i8 ? <i2 <u2 <u4 <u8 <u2'.split()))
 BFLOAT16 = 12
 
 
 def load(path):
-    """Arrays of a `.params` file: dict name -> numpy array, in file order.
+    """Reads a `.params` file. Returns a dict name -> numpy array, in file order.
 
     Names keep their `arg:` or `aux:` prefix. The arrays are writable, own their memory and have the dtype of the file
-    in native byte order; bfloat16, which numpy lacks, comes as float32 (exact). Raises ValueError (file, byte offset,
-    what was found) for whatever is not such a file, before memory is taken; OSError for an unreadable path.
+    in native byte order; bfloat16, which numpy lacks, becomes float32 (exact). Raises ValueError (file, byte offset,
+    what was found) for every other file, before it uses memory; OSError for an unreadable path.
     """
     with open(path, 'rb') as file:
         reader = _Reader(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b'')
@@ -43,7 +43,7 @@ def load(path):
 
 
 class _Reader:
-    """Takes one thing after the other from the bytes of a file. `at`: the offset that an error is told of."""
+    """Reads the bytes of a file from start to end. next: offset of the next byte. at: offset that an error names."""
 
     def __init__(self, data):
         self.data, self.at, self.next = data, 0, 0
@@ -63,7 +63,7 @@ class _Reader:
         self.at = self.next
         n, = self.numbers('Q')
         if n * 4 > self.bytes_left():
-            raise ValueError(f'{n} arrays announced, but only {self.bytes_left()} bytes follow')
+            raise ValueError(f'the file announces {n} arrays, but only {self.bytes_left()} bytes follow')
         arrays = [self.read_array() for _ in range(n)]
         self.at = self.next
         k, = self.numbers('Q')
@@ -77,7 +77,7 @@ class _Reader:
             named[name] = array
         self.at = self.next
         if self.bytes_left():
-            raise ValueError(f'{self.bytes_left()} bytes too many after the last name')
+            raise ValueError(f'{self.bytes_left()} bytes follow the last name, where the file should end')
         return named
 
     def read_array(self):
@@ -90,7 +90,7 @@ class _Reader:
             raise ValueError(f'{ndim} ({ndim:#x}) is neither an array version nor a number of dimensions')
         shape = self.numbers(f'{max(ndim, 0)}{"q" if version in HEADERS else "I"}')
         if min(ndim, *shape, 0) < 0 or (ndim == 0 and version != V3):
-            raise ValueError(f'no array here, only a placeholder ({ndim} dimensions, shape {shape})')
+            raise ValueError(f'there is only a placeholder in place of an array ({ndim} dimensions, shape {shape})')
         _, _, code = self.numbers('3i')
         if code not in DTYPES:
             self.at = self.next - 4

@@ -1,4 +1,4 @@
-"""What a run does about errors at single images: the --on_error flag, and errors that stop nothing."""
+"""Errors at single images: the --on_error flag, and errors that must not stop a run."""
 import contextlib
 import os
 
@@ -8,15 +8,15 @@ from tool.cli import BadInput, CannotWrite, is_out_of_memory
 
 
 class Errors:
-    """What `--on_error` does with a bad image, and with one for which memory runs out: stop raises a BadInput, skip
-    keeps it for the end. memory_help: what the user may change where memory runs out."""
+    """Handles a bad image, and one for which memory runs out, as the `--on_error` flag says: stop raises a BadInput,
+    skip keeps its text for the end. memory_help: text on what the user may change if memory runs out."""
 
     def __init__(self, on_error, memory_help):
         self.skip, self.memory_help, self.lines = on_error == 'skip', memory_help, []
 
     @contextlib.contextmanager
     def caught(self, name):
-        """The context in which the image `name` is worked on. A disk that is full stops the run in any case."""
+        """Context for the work on the image `name`. A full disk stops the run in any case."""
         try:
             yield
         except CannotWrite:
@@ -29,13 +29,13 @@ class Errors:
             self.lines.append(str(error))
 
     def pop(self):
-        """Returns the list of what was skipped, and starts over."""
+        """Returns the errors of the skipped images, and starts over."""
         lines, self.lines = self.lines, []
         return lines
 
     def report(self):
-        """Lists what was skipped. Returns the exit code: 3 where something was, else 0; also for a rank of torchrun,
-        which would stop the other ranks."""
+        """Prints the errors of the skipped images. Returns the exit code: 3 if there are any, else 0. For ranks of
+        torchrun it is always 0, because torchrun would stop the other ranks."""
         for line in self.lines:
             tqdm.write(f'skipped: {line}')
         return 3 if self.lines and 'WORLD_SIZE' not in os.environ else 0
@@ -43,7 +43,7 @@ class Errors:
 
 @contextlib.contextmanager
 def no_more_than_a_warning(what):
-    """For pictures, which must not stop an inference: whatever goes wrong is one line."""
+    """Context for pictures, which must not stop an inference: an error becomes one line. what: the line's subject."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Result folders of long runs: what is finished, what may be skipped, whether the disk will do."""
+"""Result folders of long runs: which images are finished, with which settings, and whether the disk suffices."""
 import contextlib
 import json
 import os
@@ -14,7 +14,7 @@ EXTENSIONS = '.npy', '.npz', '.png'
 
 
 def read_settings(folder):
-    """The settings that `ResultFolder.open` has written into a folder; None where there are none. Raises BadInput."""
+    """Returns the settings that `ResultFolder.open` wrote into a folder, or None if there are none. Raises BadInput."""
     path = os.path.join(folder, SETTINGS)
     if not os.path.isfile(path):
         return None
@@ -26,14 +26,14 @@ def read_settings(folder):
 
 
 def results_in(folder, extensions=EXTENSIONS):
-    """Paths of the results in a folder, whatever their names, sorted."""
+    """Returns the sorted paths of all results in a folder."""
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
             if name.endswith(extensions) and not name.startswith('.')]
 
 
 def describe_folder(folder, flag):
-    """What tells the files of an input folder from others, wherever it lies, for the settings of what is made from
-    them: its settings, each under `flag`; for a folder of other programs the digest of its first file."""
+    """Returns a dict that identifies the files in an input folder, for the settings of the results made from them: the
+    folder's own settings, each under `flag`, or the digest of its first file if another program made it."""
     settings = read_settings(folder)
     if settings is None:
         settings = {'first file': file_digest(path) for path in results_in(folder)[:1]}
@@ -43,12 +43,12 @@ def describe_folder(folder, flag):
 class ResultFolder:
     """A folder with one file per image, NAME + extension, all made with the same settings.
 
-    settings.json holds the settings. finished.txt is the journal: each finished file adds the line "NAME<tab>BYTES". An
-    image is finished if its last line has the size of its file. Lines are only ever added, each in one write, so
-    several ranks can share the journal, and a run that is killed leaves at most one torn line, whose size is wrong.
+    settings.json contains the settings. finished.txt is the journal: each finished file adds the line "NAME<tab>BYTES".
+    An image is finished if its last line has the size of its file. Lines are only added, each in one write, so several
+    ranks can share the journal, and a run that is killed leaves at most one incomplete line, whose size is wrong.
 
-    settings: a dict for JSON of what the files depend on: numbers and digests, not paths, because one file has many
-    paths. flag: the command-line flag that named the folder.
+    settings: a dict, for JSON, of everything that the files depend on: numbers and digests, not paths, because one file
+    has many paths. flag: the command-line flag that named the folder.
     """
 
     def __init__(self, path, flag, extension, settings):
@@ -67,7 +67,7 @@ class ResultFolder:
         self._write_journal('ab', f'{name}\t{os.path.getsize(self.file(name))}\n')
 
     def finished(self):
-        """The set of images whose files are finished."""
+        """Returns the set of the names of finished images."""
         sizes = {}
         if os.path.isfile(self.journal):
             with open(self.journal, encoding='utf-8', errors='replace') as file:
@@ -78,20 +78,20 @@ class ResultFolder:
                 if os.path.isfile(self.file(name)) and str(os.path.getsize(self.file(name))) == size}
 
     def open(self, names, resume):
-        """Creates the folder, or continues in one that exists, for a run over these images. With `resume`, finished
-        files stay; raises BadInput if they have other or unknown settings. Without it, none of the images counts as
+        """Prepares the folder for a run over these images, and creates it if needed. With `resume`, finished files
+        stay; raises BadInput if they have other or unknown settings. Without it, none of these images counts as
         finished any more; their old files can be read until the new ones replace them."""
         make_dir(self.path, self.flag)
         differences = '; '.join(self._differences()) if results_in(self.path, (*EXTENSIONS, self.extension)) else ''
         if differences and resume:
             raise BadInput(f'{self.path} ({self.flag}) was made with other or unknown settings: {differences}. Name '
-                           'another folder, or leave --resume out to make it anew')
-        # first the journal, then the settings: a run that is killed here leaves no old file that counts as new
+                           'another folder, or leave --resume out to overwrite it')
+        # the journal first, then the settings: if the run is killed here, no old file counts as a new one
         if differences:
-            print(f'warning: {self.path} ({self.flag}) has results of other settings, which are replaced one by one: '
-                  f'{differences}')
+            print(f'warning: {self.path} ({self.flag}) has results of other settings, which this run overwrites one by '
+                  f'one: {differences}')
             self._write_journal('wb', '')
-        # the empty line ends one that is torn; the other images of the journal may be another rank's
+        # the line break ends an incomplete line; other images in the journal may be another rank's
         outdated = set() if resume else self.finished().intersection(names)
         self._write_journal('ab', '\n' + ''.join(f'{name}\tanew\n' for name in sorted(outdated)))
         with atomic_write(os.path.join(self.path, SETTINGS)) as file:
@@ -117,11 +117,11 @@ class ResultFolder:
 
 def open_folders(folders, names, resume, inputs=()):
     """Opens ResultFolders for a run over `names`. Returns the names that lack a finished file in one of them.
-    Raises BadInput also where two of them, or one and a folder of `inputs`, are the same: it has one journal."""
+    Raises BadInput, also if two of them, or one and a folder of `inputs`, are the same, since it has one journal."""
     paths = [os.path.realpath(path) for path in (*(folder.path for folder in folders), *filter(None, inputs))]
     for folder in folders:
         if paths.count(os.path.realpath(folder.path)) > 1:
-            raise BadInput(f'{folder.path} ({folder.flag}) is the folder of other files of this run too: name another')
+            raise BadInput(f'{folder.path} ({folder.flag}) is also the folder of other files of this run: name another')
     for folder in folders:
         folder.open(names, resume)
     finished = set.intersection(*(folder.finished() for folder in folders))
@@ -132,32 +132,32 @@ def open_folders(folders, names, resume, inputs=()):
 
 
 def warn_of_background(shares, folder, flag):
-    """Warns where the labels of a run have hardly any background, or hardly anything else: then the exponent `flag`
-    does not suit the CAMs. shares: of each image, the share of its pixels that are background; None for an image
+    """Warns if the labels of a run have hardly any background, or hardly anything else, because then the exponent
+    `flag` does not fit the CAMs. shares: for each image, the share of background among its pixels; None for an image
     without any class, which does not count."""
     shares = [share for share in shares if share is not None]
     share = sum(shares) / max(len(shares), 1)
     if shares and not 0.05 < share < 0.97:
         change = 'lower' if share < 0.5 else 'higher'
         print(f'warning: {share:.1%} of the pixels in {folder} are background; try a {change} {flag}. Where the curve '
-              'of evaluation.py has its best background score s, ln(s) / ln(1 - s) is an exponent to begin with')
+              'of evaluation.py has its best background score s, start with the exponent ln(s) / ln(1 - s)')
 
 
 class SpaceCheck:
-    """Warns, once the results of the first ten images are there, where the disk will not hold those of all `names`."""
+    """Warns, after the first ten images, if the disk is too small for the results of all `names`."""
 
     def __init__(self, folders, names):
         self._left, self._first = len(names), len(names[:10])
         self._paths = [folder.file(name) for folder in folders for name in names[:10]]
 
     def count_image(self):
-        """To be called after each image; its files may still be on their way."""
+        """Call it after each image. Its files may be written later, by a worker process."""
         self._left -= 1
         if not self._paths or not all(map(os.path.isfile, self._paths)):
             return
         need = sum(map(os.path.getsize, self._paths)) / self._first * self._left
         free = shutil.disk_usage(os.path.dirname(self._paths[0])).free
         if need > free:
-            tqdm.write(f'warning: the other {self._left} images will take about {need / 2 ** 30:.1f} GiB, '
-                       f'and {free / 2 ** 30:.1f} GiB are free')
-        self._paths = []        # told once
+            tqdm.write(f'warning: the results of the other {self._left} images need about {need / 2 ** 30:.1f} GiB, '
+                       f'but only {free / 2 ** 30:.1f} GiB are free')
+        self._paths = []        # warns once

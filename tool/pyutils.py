@@ -1,4 +1,4 @@
-"""Meters, timer, logger. Needs no torch."""
+"""Means of the losses, timer and log of a training. Needs no torch."""
 import errno
 import json
 import math
@@ -12,17 +12,17 @@ from tool.files import atomic_write
 
 
 class AverageMeter:
-    """Means of named values since the last `pop`. Values of a GPU stay there until then, so no step waits for it."""
+    """Means of named values since the last `pop`. Tensors stay on the GPU until then, so no step waits for it."""
 
     def __init__(self):
         self._entries = []
 
     def add(self, values, step=0, names=()):
-        """values: dict name -> number or 0-d tensor, of one training step on the images `names`."""
+        """Adds the values of one training step on the images `names`: dict name -> number or 0-d tensor."""
         self._entries.append((values, step, names))
 
     def check(self):
-        """Raises NotFinite for the first step since the last `pop` that has a value that is not finite."""
+        """Raises NotFinite for the first step since the last `pop` with a value that is not finite."""
         for values, step, names in self._entries:
             if not math.isfinite(sum(values.values())):
                 terms = ', '.join(f'{name} {float(value):.4g}' for name, value in values.items())
@@ -30,7 +30,7 @@ class AverageMeter:
                                 'lower --lr, --amp off, or --weights that are pretrained')
 
     def pop(self):
-        """Returns dict name -> mean and starts over. Raises NotFinite."""
+        """Returns a dict name -> mean, and starts over. Raises NotFinite."""
         self.check()
         entries, self._entries = [values for values, _, _ in self._entries], []
         names = dict.fromkeys(name for values in entries for name in values)
@@ -39,7 +39,7 @@ class AverageMeter:
 
 
 class Timer:
-    """Wall-clock time of a training run: speed since the last report, and the estimated finish."""
+    """Clock of a training run, for its speed since the last report and its estimated finish."""
 
     def __init__(self, step=0):
         self._start = self._last = time.time()
@@ -55,11 +55,11 @@ class Timer:
 
 
 class Logger:
-    """Prints lines and adds them to <session_name>.log; records go to <session_name>.jsonl. Creates their folder.
-    Where the disk is full, one line says so, and the run goes on.
+    """Prints lines and appends them to <session_name>.log; writes records to <session_name>.jsonl. Creates their
+    folder. If the disk is full, it warns once, and the run continues.
 
-    step: a resumed run adds to the files, from this step on; records of later steps, which a killed run left behind its
-    last checkpoint, are taken out. None begins both files anew. quiet: does nothing, for ranks but the first.
+    step: first step of a resumed run, which appends to both files; records of later steps, written by a killed run
+    after its last checkpoint, are deleted. None overwrites both files. quiet: do nothing, for all ranks but the first.
     """
 
     def __init__(self, session_name, step=None, quiet=False):
@@ -84,35 +84,35 @@ class Logger:
         except OSError as error:
             self._full = True
             tqdm.write(f'warning: cannot write {self._session}{end} (--session_name): {error.strerror}; '
-                       'the run goes on without it')
+                       'the run continues without it')
 
     def __call__(self, line):
         if not self._quiet:
             self._write('.log', line)
             try:
-                tqdm.write(line)        # goes to stdout, and leaves a progress bar whole
+                tqdm.write(line)        # prints to stdout without breaking a progress bar
             except OSError as error:
-                if error.errno != errno.EIO:        # the terminal is closed; its training still has to save
+                if error.errno != errno.EIO:        # EIO: the terminal is closed; the training still has to save
                     raise
 
     def warn_once(self, kind, line):
-        """A warning that is told the first time that its kind turns up."""
+        """Logs a warning if there was none of this kind before."""
         if kind not in self._told:
             self._told.add(kind)
             self('warning: ' + line)
 
     def record(self, values):
-        """One line of JSON: dict name -> number or text."""
+        """Writes a dict name -> number or text as one line of JSON."""
         if not self._quiet:
             self._write('.jsonl', json.dumps(values))
 
 
 def _cut_records(path, step):
-    """Takes the records of `step` and later, and lines that are no records, out of a .jsonl file."""
+    """Deletes the records of `step` and later, and lines that are no records, from a .jsonl file."""
     def is_before(line):
         try:
             return json.loads(line)['step'] < step
-        except (ValueError, LookupError, TypeError):        # the kill came while the line was written
+        except (ValueError, LookupError, TypeError):        # an incomplete line of a killed run
             return False
     with open(path, encoding='utf-8', errors='backslashreplace') as file:
         lines = file.readlines()

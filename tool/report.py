@@ -1,7 +1,7 @@
-"""Results of evaluation.py as a table, and the trivial answers that they are compared with.
+"""Makes a table of the results of evaluation.py, and trivial label maps to compare them with.
 
-    python tool/report.py trivial --cam_dir CAMS --out_dir DIR          label maps that know nothing but the labels
-    python tool/report.py table --logfile evallog.txt                   what evaluation.py has logged, as a table
+    python tool/report.py table --logfile evallog.txt
+    python tool/report.py trivial --cam_dir CAMS --out_dir DIR
 """
 import argparse
 import os
@@ -19,8 +19,8 @@ from tool.image_lists import get_img_path, read_lines
 
 
 def write_trivial(args):
-    """For each CAM dict, two label maps: all background, and the image's first class everywhere, the background where
-    it has none."""
+    """Writes two label maps for each CAM file: all background, and the first class of the image everywhere, or
+    background if it has none."""
     check_dir(args.cam_dir, '--cam_dir')
     names = sorted({os.path.splitext(file)[0] for file in os.listdir(args.cam_dir) if file.endswith(('.npy', '.npz'))})
     if not names:
@@ -35,15 +35,15 @@ def write_trivial(args):
         elif args.voc12_root:
             label, size = 0, image_files.read_image(get_img_path(name, args.voc12_root)).size[::-1]
         else:
-            print(f'warning: {name} in {args.cam_dir} (--cam_dir) has no class and so no size: left out; --voc12_root '
-                  'names the data root whose images have one')
+            print(f'warning: {name} is left out, because its CAM file in {args.cam_dir} (--cam_dir) has no class, and '
+                  'so no size; name the data root with --voc12_root to read the size of its image')
             continue
         for kind, value in (('background', 0), ('labels', label)):
             image_files.save_label_map(os.path.join(args.out_dir, kind, name + '.png'), np.full(size, value))
 
 
 def print_table(args):
-    """A markdown table: one row per entry of evaluation.py's log file; of a curve, its best background score."""
+    """Prints a markdown table with a row for each entry of evaluation.py's log file; of a curve, its best point."""
     rows, skipped = [], 0
     for entry in '\n'.join(read_lines(args.logfile, '--logfile')).split('=' * 37):
         head, _, numbers = entry.strip().rpartition('\n')               # time and comment; NAME:NUMBER  NAME:NUMBER
@@ -53,10 +53,11 @@ def print_table(args):
         try:
             miou, present = float(values[best + 'mIoU']), float(values[best + 'mIoU_present'])
             rows.append(f'| {comment} | {values.get("best_background_score", "")} | {miou:.1f} | {present:.1f} |')
-        except (KeyError, ValueError):      # of the original evaluation.py, or damaged
+        except (KeyError, ValueError):      # an entry of the original evaluation.py, or a damaged one
             skipped += bool(head)
     if skipped:
-        print(f'warning: {skipped} entries of {args.logfile} (--logfile) are not of this evaluation.py: left out')
+        print(f'warning: {skipped} entries of {args.logfile} (--logfile) are left out, because this evaluation.py did '
+              'not write them')
     if not rows:
         raise BadInput(f'no result in {args.logfile} (--logfile)')
     print('| result | background score | mIoU, all classes | mIoU, classes present |\n|---|---|---|---|')
@@ -66,12 +67,12 @@ def print_table(args):
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    trivial = commands.add_parser('trivial')
-    trivial.add_argument('--cam_dir', required=True, help='CAM dicts, for the names, sizes and classes')
-    trivial.add_argument('--voc12_root', help='data root, for the sizes of images whose CAM dict has no class')
-    trivial.add_argument('--out_dir', required=True, help='writes background/ and labels/ in it')
+    trivial = commands.add_parser('trivial', help='write trivial label maps: all background, and the label everywhere')
+    trivial.add_argument('--cam_dir', required=True, help='folder of CAM files, for the names, sizes and classes')
+    trivial.add_argument('--voc12_root', help='data root, for the sizes of images whose CAM file has no class')
+    trivial.add_argument('--out_dir', required=True, help='folder to write background/ and labels/ into')
     trivial.set_defaults(main=write_trivial)
-    table = commands.add_parser('table')
+    table = commands.add_parser('table', help='print the results in a log file of evaluation.py as a markdown table')
     table.add_argument('--logfile', required=True, help='log file of evaluation.py')
     table.set_defaults(main=print_table)
     return parser

@@ -1,4 +1,4 @@
-"""Text and CSV files, in utf-8."""
+"""Reads and writes text and CSV files in utf-8."""
 import csv
 import io
 
@@ -7,7 +7,7 @@ from tool.files import atomic_write
 
 def write_text(path, text):
     with atomic_write(path) as file:
-        file.write(text.encode('utf-8', 'backslashreplace'))       # names of files may be no utf-8
+        file.write(text.encode('utf-8', 'backslashreplace'))       # file names may not be utf-8
 
 
 def write_csv(path, header, rows):
@@ -17,6 +17,6 @@ def write_csv(path, header, rows):
 
 
 def read_csv(path):
-    """List of dicts, one a row, of a CSV file with a header."""
+    """Returns a list of dicts, one per row, of a CSV file with a header."""
     with open(path, encoding='utf-8', newline='') as file:
         return list(csv.DictReader(file))

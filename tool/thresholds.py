@@ -7,20 +7,21 @@ import math
 
 
 def exponent_of(threshold):
-    """The background exponent that has the same effect as a threshold, which is in (0, 1)."""
+    """Returns the background exponent with the same effect as a threshold in (0, 1)."""
     return math.log(threshold) / math.log(1 - threshold)
 
 
 def threshold_of(exponent):
-    """The inverse of `exponent_of`: the threshold in (0, 1) that has the same effect as an exponent above 0."""
+    """Returns the threshold in (0, 1) with the same effect as a background exponent above 0."""
     low, high = 0., 1.
-    for _ in range(60):         # halves; (1 - x)^a - x falls with x
+    for _ in range(60):         # bisection, as (1 - x)^a - x falls with x
         middle = (low + high) / 2
         low, high = (middle, high) if (1 - middle) ** exponent > middle else (low, middle)
     return low
 
 
 def exponents_to_start_with(threshold):
-    """(low, high, walk) for the best threshold, in (0, 1): the CRF exponents for train_aff.py and the exponent of the
-    random walk. They stand to the threshold's own as the paper's 4, 24 and 6 stand to the 4.5 of its best one, 0.26."""
+    """Returns (low, high, walk): the CRF exponents for train_aff.py and the exponent of the random walk to start with,
+    for the best threshold in (0, 1). Their ratios to the threshold's own exponent are those in the paper, where the
+    best threshold is 0.26, its exponent 4.5, and the three are 4, 24 and 6."""
     return tuple(max(factor * exponent_of(threshold), .1) for factor in (.9, 5.4, 1.35))

@@ -1,4 +1,4 @@
-"""Optimizer, random numbers, the batches of a training run, the items of an inference run, batch-norm calibration."""
+"""Optimizer, random numbers, batches of a training run, items of an inference run, and calibration of batch norm."""
 import random
 
 import numpy as np
@@ -11,17 +11,17 @@ from tool.devices import get_rank
 
 
 def poly_lr(lr, step, max_step, power=0.9):
-    """Learning rate of update number `step` (from 0): lr * (1 - step/max_step)^power.
-    From max_step on, that of the last update, as in the reference."""
+    """Returns the learning rate of update number `step` (from 0): lr * (1 - step/max_step)^power.
+    From max_step on it is that of the last update, as in the reference."""
     return lr * (1 - min(step, max_step - 1) / max_step) ** power
 
 
 class PolyOptimizer(torch.optim.SGD):
-    """SGD whose learning rate falls as `poly_lr` in every parameter group.
+    """SGD with a learning rate that falls as `poly_lr` in every parameter group.
 
-    The reference passed weight_decay into SGD's momentum slot, and its numbers were made so: momentum=None
-    repeats that. Weight decay comes only from the groups' own `weight_decay` entries; a group without one has 0.
-    lr_steps: the steps in which the learning rate would reach 0; max_step without it.
+    The reference passes weight_decay where SGD expects the momentum, and the published numbers were made so;
+    momentum=None repeats this. Weight decay comes only from the `weight_decay` entries of the groups; a group without
+    one has 0. lr_steps: number of steps after which the learning rate reaches 0; by default max_step.
     """
 
     def __init__(self, params, lr, weight_decay, max_step, power=0.9, momentum=None, lr_steps=None):
@@ -42,7 +42,7 @@ class PolyOptimizer(torch.optim.SGD):
 
 
 def set_seed(*numbers):
-    """Seeds python, numpy and torch (CUDA too) from whole numbers >= 0, such as (seed, step)."""
+    """Seeds python, numpy and torch (also CUDA) from whole numbers >= 0, such as (seed, step)."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -50,8 +50,8 @@ def set_seed(*numbers):
 
 
 class SeededDataset(Dataset):
-    """A dataset whose random augmentation depends on (seed, epoch, index) alone; it is indexed by (epoch, index).
-    In place of an item that cannot be read comes its BadInput, for `read_batches` to raise in the main process."""
+    """A dataset whose random augmentation depends only on (seed, epoch, index); it is indexed by (epoch, index).
+    Returns the BadInput of an item that cannot be read, so that `read_batches` raises it in the main process."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed = dataset, seed
@@ -65,13 +65,13 @@ class SeededDataset(Dataset):
 
 
 def collate(items):
-    """`collate_fn` for a SeededDataset: a batch as PyTorch makes it, or the first BadInput among the items."""
+    """`collate_fn` for a SeededDataset: returns PyTorch's batch, or the first BadInput among the items."""
     bad = [item for item in items if isinstance(item, BadInput)]
     return bad[0] if bad else default_collate(items)
 
 
 def read_batches(loader):
-    """The batches of a loader with `collate`. Raises the BadInput of an item that cannot be read."""
+    """Yields the batches of a loader with `collate`. Raises the BadInput of an item that cannot be read."""
     for batch in loader:
         if isinstance(batch, BadInput):
             raise batch
@@ -79,10 +79,10 @@ def read_batches(loader):
 
 
 class StepBatches(Sampler):
-    """The batches of a training run from update number `start` to `max_step`: lists of (epoch, index).
+    """Yields the batches of a training run from update number `start` to `max_step`: lists of (epoch, index).
 
-    Every epoch of `epoch_steps` batches is a permutation of its own; the images left over by whole batches wait for the
-    next. Of each batch, rank r of `ranks` takes every ranks-th image; with share=False every rank takes all of it.
+    Every epoch of `epoch_steps` batches has its own permutation; images that do not fill a batch are left out of it.
+    Rank r of `ranks` gets every ranks-th image of each batch; with share=False every rank gets the whole batch.
     """
 
     def __init__(self, size, batch_size, start, max_step, seed, share=True):
@@ -91,7 +91,7 @@ class StepBatches(Sampler):
         self.epoch_steps = size // batch_size
 
     def __len__(self):
-        return max(self.max_step - self.start, 0)       # a shorter list may end before `start`
+        return max(self.max_step - self.start, 0)       # with a list that became shorter, max_step may be below start
 
     def __iter__(self):
         rank, ranks = get_rank() if self.share else (0, 1)
@@ -105,15 +105,15 @@ class StepBatches(Sampler):
 
 
 def list_batches(size, batch_size):
-    """Batches for a SeededDataset in which every item comes exactly once, in the order of the list and as augmented in
-    epoch 0; the last batch may be smaller. The same on every rank."""
+    """Returns batches for a SeededDataset that contain every item exactly once, in the order of the list and augmented
+    as in epoch 0; the last batch may be smaller. They are the same on every rank."""
     keys = [(0, index) for index in range(size)]
     return [keys[start:start + batch_size] for start in range(0, size, batch_size)]
 
 
 class SkipBad:
-    """The items of a dataset for some of its names. In place of an item that cannot be had stands its error, for
-    `read_items`: a loader process that raised it would end the loading."""
+    """The items of a dataset for some of its names. Returns the error of an item that cannot be read, since a loader
+    process that raises it would end the loading; `read_items` handles it."""
 
     def __init__(self, dataset, names):
         place = {name: index for index, name in enumerate(dataset.img_name_list)}
@@ -130,8 +130,8 @@ class SkipBad:
 
 
 def read_items(dataset, names, errors, num_workers, device, desc, worker_init_fn=None):
-    """Yields the dataset's items for these names, with a progress bar. One that cannot be had goes to `errors`, an
-    `Errors` of tool/on_error.py, which raises it or keeps it."""
+    """Yields the dataset's items for these names, with a progress bar. The error of an item that cannot be read goes to
+    `errors`, an `Errors` of tool/on_error.py, which raises it or keeps it."""
     loader = DataLoader(SkipBad(dataset, names), batch_size=None, num_workers=num_workers,
                         pin_memory=device.type == 'cuda', worker_init_fn=worker_init_fn)
     for item, name in zip(tqdm(loader, desc=desc, dynamic_ncols=True, disable=None), names):
@@ -146,8 +146,8 @@ def read_items(dataset, names, errors, num_workers, device, desc, worker_init_fn
 def calibrate_batch_norm(net, batches):
     """Sets the running statistics of a network with random weights to those of a few batches (N, 3, H, W).
 
-    Batch norm is frozen in this method; with the default statistics (mean 0, variance 1) the signal of a
-    random network would not get through 37 of them. The mode of net is not restored.
+    Batch norm is frozen in this method; with the default statistics (mean 0, variance 1) the signal of a random network
+    would not get through 37 norms. The mode of net is not restored.
     """
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     net.eval()

@@ -13,45 +13,45 @@ from tool.cli import BadInput
 
 
 def available_cores():
-    """Processor cores that this process may use: those of its affinity mask, or fewer where a cgroup limits it, shared
-    with the other ranks of this machine."""
+    """Returns the number of processor cores that this process may use: those of its affinity mask, fewer if a cgroup
+    limits it, and divided by the number of ranks on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     cores = max(cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 1)
     try:
         with open('/sys/fs/cgroup/cpu.max', encoding='ascii') as file:
             quota, period = file.read().split()
         return max(min(cores, int(quota) // int(period)), 1)
-    except (OSError, ValueError):       # no cgroup, or a quota of 'max'
+    except (OSError, ValueError):       # no cgroup, or its quota is 'max'
         return cores
 
 
 def parallel_map(work, items, num_workers, desc):
     """Yields work(item) for every item, in order, from up to `num_workers` processes, with a progress bar.
 
-    work: a function that can be pickled, or functools.partial of one. This process does the work itself where that is
-    faster: another one takes as long to start as about 50 items. Raises what `work` raises, and BadInput where a
-    process was killed.
+    work: a function that can be pickled, or functools.partial of one. For few items this process does the work itself,
+    because starting another one takes as long as about 50 items. Raises what `work` raises, and BadInput if a process
+    was killed.
     """
     items = list(items)
-    bar = functools.partial(tqdm, total=len(items), desc=desc, dynamic_ncols=True, disable=None)  # on a terminal only
+    bar = functools.partial(tqdm, total=len(items), desc=desc, dynamic_ncols=True, disable=None)  # only on a terminal
     workers = min(num_workers, multiprocessing.cpu_count(), len(items) // 50)
     if workers < 2:
         yield from bar(map(work, items))
         return
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), signal.signal,
-                                                  (signal.SIGINT, signal.SIG_IGN))     # this process answers to Ctrl-C
+                                                  (signal.SIGINT, signal.SIG_IGN))     # Ctrl-C is for this process
     try:
         yield from bar(pool.map(work, items, chunksize=8))
     except concurrent.futures.BrokenExecutor as error:
-        raise BadInput(f'{desc}: a process was killed, perhaps for lack of memory (--num_workers)') from error
+        raise BadInput(f'{desc}: a process was killed, perhaps for lack of memory: try fewer --num_workers') from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class BoundedPool:
-    """Runs jobs in worker processes, so many ahead of their end as keep the workers busy and no more; with 0 workers in
-    this process. `results` are what the jobs returned. An error of a job is raised by a later call, or goes to `errors`
-    (see tool/on_error.py) under the job's name. Raises BadInput where a process was killed.
+    """Runs jobs in worker processes, or in this process with 0 workers. Only as many jobs are waiting as keep the
+    workers busy. `results` has what the jobs returned. The error of a job is raised by a later call, or goes to
+    `errors` (see tool/on_error.py) under the job's name. Raises BadInput if a process was killed.
     """
 
     def __init__(self, workers, errors=None):
@@ -88,4 +88,4 @@ class BoundedPool:
         finally:
             self._pool.shutdown(cancel_futures=True)
         if isinstance(error, concurrent.futures.BrokenExecutor):
-            raise BadInput('a CRF process was killed, perhaps for lack of memory (--crf_workers)') from error
+            raise BadInput('a CRF process was killed, perhaps for lack of memory: try fewer --crf_workers') from error
