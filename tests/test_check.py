@@ -174,7 +174,7 @@ DAMAGES = {
     'truncated_mask': (cut_mask, 'PROBLEM',
                        f'masks that cannot be read: 1: {FIRST} ('),
     'value_that_is_no_class': (lambda root: save_label_map(png(root), make_mask([0, 76])), 'PROBLEM',
-                               f'masks with values other than 0..20 and 255: 1: {FIRST} (77); pixels of a value: '
+                               f'masks with values other than 0..20 and 255: 1: {FIRST} (77); pixels of each value: '
                                '77: 7'),
     'overwritten_by_a_prediction': (lambda root: save_grey(png(root), make_mask([0], border=0)), 'PROBLEM',
                                     f'{FORM}1: {FIRST} (mode L); not the official SegmentationClass files'),
@@ -188,7 +188,7 @@ DAMAGES = {
     'mask_class_without_label': (lambda root: save_label_map(png(root), make_mask([0, 11])), 'PROBLEM',
                                  f'masks with a class that the label lacks: 1: {FIRST} (dog)'),
     'image_without_class': (lambda root: [write_xml(root, FIRST, []), save_label_map(png(root), make_mask([]))],
-                            'note', f'images without any class: 1: {FIRST}; nothing of --class_names'),
+                            'note', f'images without any class: 1: {FIRST}; '),
     'turned_by_exif': (save_turned, 'note', f'images whose EXIF orientation is not normal: 1: {FIRST} (orientation 6)'),
     'missing_annotation': (lambda root: (root / 'Annotations' / f'{FIRST}.xml').unlink(), 'PROBLEM',
                            'images without a usable label in '),
@@ -255,10 +255,10 @@ def test_link_that_leads_nowhere_is_a_problem_of_its_own(path, devkit, capsys):
     path(devkit).rename(devkit / 'original')
     path(devkit).symlink_to(devkit / 'original')
     run(devkit)
-    assert 'ok       images and masks that are links to files which are not there' in capsys.readouterr().out
+    assert 'ok       images and masks that are links to missing files' in capsys.readouterr().out
     (devkit / 'original').rename(devkit / 'moved')
     run(devkit)
-    assert ('PROBLEM  images and masks that are links to files which are not there: 1: '
+    assert ('PROBLEM  images and masks that are links to missing files: 1: '
             f'{FIRST} ({path(devkit).name})') in capsys.readouterr().out
 
 

@@ -183,7 +183,7 @@ def test_hidden_files_beside_the_masks_are_no_images(devkit, tmp_path):
 
 def test_without_augmentation_says_what_is_missing(devkit, tmp_path, capsys):
     assert 'train_aug.txt' not in run_lists(devkit, tmp_path / 'out')
-    assert 'train_aug.txt not written: it needs --sbd_root' in capsys.readouterr().out
+    assert 'needs --sbd_root' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('text', [
@@ -315,8 +315,8 @@ def test_missing_mask_names_image_and_places(devkit, tmp_path):
 def test_image_without_class_is_kept_and_told(devkit, tmp_path, capsys):
     write(devkit / 'Annotations' / f'{VAL[1]}.xml', '<annotation/>')
     assert not run_labels(devkit, tmp_path / 'labels.npy')[VAL[1]].any()
-    assert f'warning: --val_list: 1 images without any class, which training takes for negatives: {VAL[1]}' \
-        in capsys.readouterr().out
+    lines = capsys.readouterr().out.split('\n')
+    assert any(line.startswith('warning: --val_list: 1 images') and line.endswith(VAL[1]) for line in lines)
 
 
 def test_images_per_class_are_printed_for_each_list(devkit, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """PASCAL VOC 2012 and data sets of its layout.
 
-Read by the scripts: lists.py (names, lists, image-level labels), data.py (datasets), masks.py (ground truth), and
-canonical.py (the lists that SEAM used); data_root.py writes data sets. To be run: make_*.py and check.py.
+Modules: lists.py (names, lists, image-level labels), data.py (datasets), masks.py (ground truth), tags.py (predicted
+tags), canonical.py (the lists that SEAM used), data_root.py (writes data sets). Commands: make_*.py, check.py and
+export_coco.py.
 """

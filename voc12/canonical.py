@@ -1,7 +1,7 @@
-"""What the lists and image-level labels of AffinityNet and SEAM look like: counts and digests.
+"""Counts and digests of the lists and image-level labels of AffinityNet and SEAM.
 
-With these, lists and labels that are made here from VOC and SBD can be told from those that the
-published numbers were made with, without carrying either along.
+They show whether lists and labels that are made here from VOC and SBD are those of the published numbers, although the
+repository contains neither.
 """
 import hashlib
 
@@ -24,18 +24,18 @@ CANONICAL = {
              '7d323bb3448fa174b9194953e01dfd168c9890adb30dd2491a66536edbeca0aa',
              None),
 }
-# name of the list -> what to know about it
+# name of the list -> remark for messages
 REMARKS = {'train': ": the split of the paper's CAM tables", 'val': '', 'train_aug': ': the training set of the paper',
            'test': ': ground truth is not public'}
 
 
 def names_digest(names):
-    """sha256 (hex) of the names, sorted, joined by one newline, in utf-8."""
+    """Returns the sha256 (hex) of the names, sorted, joined by one newline, in utf-8."""
     return hashlib.sha256('\n'.join(sorted(names)).encode('utf-8')).hexdigest()
 
 
 def labels_digest(names, labels):
-    """sha256 (hex) of the little-endian float32 (n, C) matrix, one row a name in sorted order.
+    """Returns the sha256 (hex) of the little-endian float32 (n, C) matrix with a row for each name, in sorted order.
 
     names: list of str; labels: dict name -> (C,) multi-hot, classes in VOC order.
     """
@@ -43,13 +43,13 @@ def labels_digest(names, labels):
 
 
 def find_canonical(names):
-    """Key in CANONICAL of the list that has exactly these names (in any order), or None."""
+    """Returns the key in CANONICAL of the list with exactly these names, in any order; None if there is none."""
     digest = names_digest(names)
     return next((key for key, entry in CANONICAL.items() if entry[3] == digest), None)
 
 
 def describe_list(names, class_names):
-    """One line without its full stop: how many images, and which of VOC's lists, where the class names are VOC's.
+    """Returns a text on a list: how many images and, if the class names are VOC's, which of VOC's lists.
 
     names: list of str, in any order; class_names: foreground classes, as `load_class_names` returns them.
     """
@@ -63,7 +63,7 @@ def describe_list(names, class_names):
 
 
 def compare_names(names, key):
-    """One line: whether the names are those of the canonical list `key`, and if not, how far that can be told."""
+    """Returns one line: whether the names are those of the canonical list `key`, and if not, what differs."""
     count, first, last, digest, _ = CANONICAL[key]
     if names_digest(names) == digest:
         return 'identical to the list used by SEAM'
@@ -77,7 +77,7 @@ def compare_names(names, key):
 
 
 def compare_labels(names, labels):
-    """One line: whether names and labels are those of one of the canonical lists.
+    """Returns one line: whether names and labels are those of one of the canonical lists.
 
     names: list of str; labels: dict name -> (C,) multi-hot.
     """

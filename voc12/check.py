@@ -1,4 +1,4 @@
-"""Reads a data set once, images, masks and labels, and says what is wrong with it before hours of training do.
+"""Reads all images, masks and labels of a data set once, and says what is wrong with them, before hours of training do.
 
     python voc12/check.py --voc12_root VOC2012 --list voc12/train_aug.txt
 
@@ -27,37 +27,39 @@ from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
 ORIENTATION = 0x0112               # tag of EXIF: 1 is upright, 2 to 8 are mirrored or turned
-FEW = 0.1                          # share of the images whose mask and label may differ without being a PROBLEM
+FEW = 0.1                          # share of the images whose mask and label may differ without a PROBLEM
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--voc12_root', default='VOC2012',
-                        help='folder VOC2012 of the devkit, or one of its layout (default: %(default)s)')
-    parser.add_argument('--list', default='voc12/train_aug.txt', help='images to check (default: %(default)s)')
+                        help='folder VOC2012 of the devkit, or a folder of the same layout (default: %(default)s)')
+    parser.add_argument('--list', default='voc12/train_aug.txt', help='list of the images (default: %(default)s)')
     parser.add_argument('--gt_dir',
-                        help='folder of masks, of which every image must have one (default: that in --voc12_root, '
-                             'where only images of VOC train and val must)')
+                        help='folder of masks, in which every image must have one (default: SegmentationClass in '
+                             '--voc12_root, where only images of VOC train and val must have one)')
     parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels; where it is missing, the XML is read (default: %(default)s)')
-    parser.add_argument('--class_names', help="text file, one foreground class a line (default: VOC's 20)")
-    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
+                        help='image-level labels; if the file is missing, the XML files are read (default: '
+                             '%(default)s)')
+    parser.add_argument('--class_names',
+                        help="text file with the names of the foreground classes, one per line (default: VOC's 20)")
+    parser.add_argument('--num_workers', default=8, type=int, help='number of processes; 0 uses the main process')
     return parser
 
 
 # ----- one image -----
 
 def exif_orientation(img):
-    """The orientation that the EXIF data of a PIL image asks for; 1, upright, where it has none that can be read."""
+    """Returns the orientation in the EXIF data of a PIL image; 1, upright, if it has none that can be read."""
     try:
         return img.getexif().get(ORIENTATION, 1)
-    except Exception:                   # damaged EXIF raises whatever it leads to; the readers of training pass it over
+    except Exception:                   # damaged EXIF can raise any exception; training ignores EXIF
         return 1
 
 
 def look_at(name, voc12_root, gt_dir, num_classes):
-    """(findings, classes) of an image and its mask, both read as training and evaluation read them. Findings: dict of
-    what is odd -> detail; classes: set of the mask's class indices from 0, None where it cannot be read."""
+    """Checks an image and its mask, which are read as in training and evaluation. Returns (findings, classes): a dict
+    kind of finding -> detail, and the set of the mask's class indices from 0, None if it cannot be read."""
     found, size = {}, None
     image_path, mask_path = get_img_path(name, voc12_root), os.path.join(gt_dir, name + '.png')
     for path in image_path, mask_path:
@@ -98,7 +100,7 @@ def look_at(name, voc12_root, gt_dir, num_classes):
 # ----- verdict: lines of (level, text) -----
 
 def judge(level, what, found, hint=''):
-    """One line of the verdict: ok where nothing was found. found: list of (name, detail or '')."""
+    """Returns one line of the verdict, (level, text): ok if nothing was found. found: list of (name, detail or '')."""
     if not found:
         return OK, f'{what}: none'
     names = join_first([f'{name} ({detail})' if detail else name for name, detail in found])
@@ -106,22 +108,22 @@ def judge(level, what, found, hint=''):
 
 
 def pick(results, key):
-    """(name, detail) of the names that have the finding `key`."""
+    """Returns a list of (name, detail) of the images with the finding `key`."""
     return [(name, found[key]) for name, (found, _) in results.items() if key in found]
 
 
 def values_line(results, num_classes):
-    """Label values that are no class: in which masks, and how many pixels of each there are in all."""
+    """Returns the line on label values that are no class: which masks have them, and the pixels of each value."""
     found = pick(results, 'values')                         # (name, dict value -> pixels)
     pixels = sum((collections.Counter(wrong) for _, wrong in found), collections.Counter())
     counts = ', '.join(f'{value}: {count:,}' for value, count in pixels.most_common(10))
     return judge(PROBLEM, f'masks with values other than 0..{num_classes} and {IGNORE}',
                  [(name, ' '.join(map(str, [*wrong][:5]))) for name, wrong in found],
-                 f'pixels of a value: {counts}; another class list (--class_names), or no ground truth')
+                 f'pixels of each value: {counts}; is --class_names the right list, and are these label maps?')
 
 
 def mask_lines(results, gt_dir, needed, class_names):
-    """The ground truth: there, readable, of the official form, with the values that it may have.
+    """Returns the lines on the ground truth: whether it exists, can be read, has the official form and valid values.
     needed: whether every image must have a mask."""
     lines = [judge(PROBLEM if needed else NOTE, f'images without a mask in {gt_dir}', pick(results, 'no mask'),
                    'training needs none, evaluation does'),
@@ -131,13 +133,13 @@ def mask_lines(results, gt_dir, needed, class_names):
         return lines
     # masks of other data sets, and those of SBD, need neither VOC's colours nor its border
     if list(class_names) != CAT_LIST:
-        level, hint = NOTE, 'fine outside VOC'
+        level, hint = NOTE, 'harmless outside VOC'
     elif os.path.basename(os.path.abspath(gt_dir)) == AUG_GT_FOLDER:
         level, hint = NOTE, f"usual in {AUG_GT_FOLDER}; the paper's evaluation uses the official {GT_FOLDER}"
     else:
         level, hint = PROBLEM, NOT_OFFICIAL
     if not any(classes for _, classes in results.values()):
-        lines.append((PROBLEM, f'no mask in {gt_dir} has a class: 0 is the background, and {IGNORE} is ignored; the '
+        lines.append((PROBLEM, f'no mask in {gt_dir} has a class: 0 is the background, {IGNORE} is ignored, and the '
                                'classes of --class_names count from 1'))
     lines += [judge(PROBLEM, 'masks of another size than their image (width x height)', pick(results, 'size')),
               values_line(results, len(class_names)),
@@ -152,19 +154,19 @@ def mask_lines(results, gt_dir, needed, class_names):
 
 
 def label_lines(names, labels, unusable, source, key, class_names):
-    """The image-level labels: there, with and without each class, those that SEAM used. key: which of VOC's lists it
-    is, or None."""
-    level = NOTE if key == 'test' else PROBLEM              # VOC keeps the labels of test to itself
+    """Returns the lines on the image-level labels: whether they exist, which classes they have, and whether they are
+    SEAM's. key: which of VOC's lists it is, or None."""
+    level = NOTE if key == 'test' else PROBLEM              # VOC does not publish the labels of test
     lines = [judge(level, f'images without a usable label in {source}',
                    [(name, describe(error.__cause__ or error)) for name, error in unusable.items()]),
              judge(level if key else NOTE, 'images without any class',
-                   [(name, '') for name in labels if not labels[name].any()], 'nothing of --class_names is in them')]
-    if labels and not key:              # of VOC's own lists all is known
+                   [(name, '') for name in labels if not labels[name].any()], 'they show no class of --class_names')]
+    if labels and not key:              # VOC's own lists need no such lines
         lines += [judge(NOTE, 'classes of --class_names that no image of the list has',
                         [(c, '') for c in absent_classes(labels, class_names)], 'nothing is learned about them'),
                   judge(NOTE, 'classes that every image of the list has',
                         [(c, '') for c in common_classes(labels, class_names)],
-                        'nothing is to be told apart: add images without them')]
+                        'they cannot be learned: add images without them')]
     if key and not unusable:
         verdict = compare_labels(names, labels)
         lines.append((NOTE if 'NOT' in verdict else OK, f'digests of list and labels: {verdict}'))
@@ -172,7 +174,7 @@ def label_lines(names, labels, unusable, source, key, class_names):
 
 
 def agreement_lines(results, labels, class_names):
-    """Whether masks and image-level labels name the same classes."""
+    """Returns the lines on whether masks and image-level labels have the same classes."""
     found = {'masks with a class that the label lacks': [], 'labels with a class that the mask lacks': []}
     both = [name for name, (_, classes) in results.items() if classes is not None and name in labels]
     for name in both:
@@ -207,12 +209,12 @@ def main(args):
              judge(PROBLEM, 'names more than once in the list', [(name, '') for name in names if counts[name] > 1]),
              judge(PROBLEM, 'missing images', pick(results, 'no image')),
              judge(PROBLEM, 'images that cannot be read', pick(results, 'damaged image')),
-             judge(PROBLEM, 'images and masks that are links to files which are not there', pick(results, 'dead link'),
+             judge(PROBLEM, 'images and masks that are links to missing files', pick(results, 'dead link'),
                    'were they moved, or is a disk not mounted?'),
              judge(NOTE, 'images whose EXIF orientation is not normal', pick(results, 'turned'),
-                   'they are read as stored, without turning, so masks and boxes of tools that turn them do not fit'),
+                   'they are read as stored, without turning, so masks made by tools that turn them do not fit'),
              judge(NOTE, 'images that are not RGB of 8 bits', pick(results, 'image mode'),
-                   'converted to that: 16 bits by their range, transparency left out')]
+                   'they are converted: 16 bits by their range, without transparency')]
     lines += mask_lines(results, gt_dir, bool(args.gt_dir) or key in ('train', 'val'), class_names)
     lines += label_lines(names, labels, unusable, source, key, class_names)
     if unknown:

@@ -15,9 +15,9 @@ from voc12.masks import wrong_values
 
 
 class VOC12ImageDataset(Dataset):
-    """(name, image) of every name of a list, or of `images`, the files and folders of --images, in place of list and
-    data root. The image is PIL RGB, or what `transform` makes of it. `paths` are those of the images, by name, `folder`
-    is one in which all are."""
+    """Items (name, image) for the names in a list, or for `images`, the files and folders of --images, which replace
+    list and data root. The image is PIL RGB, or the result of `transform`. paths: dict name -> path of the image;
+    folder: a folder that contains all images."""
 
     def __init__(self, img_name_list_path, voc12_root, transform=None, images=None):
         self.transform = transform
@@ -42,8 +42,8 @@ class VOC12ImageDataset(Dataset):
 
 
 class VOC12ClsDataset(VOC12ImageDataset):
-    """(name, image, label): label is a float32 (C,) multi-hot of the image's classes; of zeros alone without
-    `cls_labels`, where nobody knows them."""
+    """Items (name, image, label): label is a float32 (C,) multi-hot of the image's classes; all zeros without
+    `cls_labels`, where the classes are not known."""
 
     def __init__(self, img_name_list_path, voc12_root, transform=None, cls_labels='voc12/cls_labels.npy',
                  class_names=CAT_LIST, images=None):
@@ -57,8 +57,8 @@ class VOC12ClsDataset(VOC12ImageDataset):
 
 
 class VOC12ClsDatasetMSF(VOC12ClsDataset):
-    """(name, image, views, label): the image as read, uint8 (H, W, 3), and a CHW array for each of `scales`, factors of
-    its size. `inter_transform` turns the resized PIL image into CHW."""
+    """Items (name, image, views, label): the image, uint8 (H, W, 3), and a CHW array of it at each of `scales`, which
+    are factors of its size. `inter_transform` converts the resized PIL image to CHW."""
 
     def __init__(self, img_name_list_path, voc12_root, scales, inter_transform, cls_labels='voc12/cls_labels.npy',
                  class_names=CAT_LIST, images=None):
@@ -73,7 +73,7 @@ class VOC12ClsDatasetMSF(VOC12ClsDataset):
 
 
 class ExtractAffinityLabelInRadius:
-    """Pair labels of a label map of cropsize x cropsize feature cells, for the pairs of `pair_offsets(radius)`."""
+    """Computes the labels of the pairs of `pair_offsets(radius)` from a label map of cropsize x cropsize cells."""
 
     def __init__(self, cropsize, radius=5):
         self.ind_from, self.ind_to = pair_indices(cropsize, cropsize, radius)
@@ -81,8 +81,8 @@ class ExtractAffinityLabelInRadius:
     def __call__(self, label):
         """label: (cropsize, cropsize) integers, 0 background, 255 ignored.
 
-        Returns (bg, fg, neg), float32 tensors (offsets, from) of 0 and 1: both background; the same
-        foreground label; different labels. A pair with an ignored cell is in none.
+        Returns (bg, fg, neg), float32 tensors (offsets, from) of 0 and 1: whether both cells are background, have the
+        same foreground label, or have different labels. A pair with an ignored cell is 0 in all three.
         """
         label = label.reshape(-1)
         start, end = label[self.ind_from], label[self.ind_to]        # (from,), (offsets, from)
@@ -93,11 +93,11 @@ class ExtractAffinityLabelInRadius:
 
 
 def fuse_crf_labels(scores):
-    """One label map from the pooled scores of both CRFs.
+    """Combines the pooled scores of both CRFs into one label map.
 
     scores: float32 (h, w, 2K): K maps of the low background alpha, then K of the high one, background first.
-    Confident foreground is what the low alpha calls foreground, confident background what the high alpha
-    calls background (it wins where both are said); the rest, and cells without any score, are 255.
+    A cell is background if the high alpha labels it as background; else it has the foreground label of the low alpha;
+    if that labels it as background, or if it has no score at all, it is 255.
     Returns uint8 (h, w); the values are positions in the score dict, not class ids.
     """
     low, high = np.split(scores, 2, axis=-1)
@@ -109,10 +109,10 @@ def fuse_crf_labels(scores):
 
 
 class VOC12AffDataset(VOC12ImageDataset):
-    """(name, image, (bg, fg, neg)): pair labels from the CRF score files of a low and a high background alpha.
+    """Items (name, image, (bg, fg, neg)): pair labels from the CRF score files of a low and a high background alpha.
 
-    Each of `transforms` takes and returns (img, scores): at first a PIL image and (H, W, 2K), in the end arrays
-    (cropsize, cropsize, 3) and (cropsize // 8, cropsize // 8, 2K).
+    Each of `transforms` is called with (img, scores) and returns both: first a PIL image and (H, W, 2K), in the end
+    arrays (cropsize, cropsize, 3) and (cropsize // 8, cropsize // 8, 2K).
     """
 
     def __init__(self, img_name_list_path, label_la_dir, label_ha_dir, cropsize, voc12_root, radius=5,
@@ -126,7 +126,7 @@ class VOC12AffDataset(VOC12ImageDataset):
             score_files.check_scores(folder, self.img_name_list, flag)
 
     def read_scores(self, name, size):
-        """(H, W, 2K) scores of an image of that size, see `fuse_crf_labels`. Raises BadInput."""
+        """Reads the scores (H, W, 2K) of an image of that size, see `fuse_crf_labels`. Raises BadInput."""
         low, high = (score_files.load_fitting(folder, name, flag, 'crf', size, self.num_classes)
                      for flag, folder in self.label_dirs.items())
         if list(low) != list(high):
@@ -148,8 +148,8 @@ class VOC12AffDataset(VOC12ImageDataset):
 
 
 class VOC12SegDataset(VOC12ImageDataset):
-    """(name, image, label): float32 (3, S, S) and int64 (S, S), 0 background, 1..C, 255 ignored, out of the label maps
-    `label_dir`/NAME.png. Each of `transforms` takes and returns (img (H, W, 3), label (H, W))."""
+    """Items (name, image, label): float32 (3, S, S) and int64 (S, S), 0 background, 1..C, 255 ignored, from the label
+    maps `label_dir`/NAME.png. Each of `transforms` is called with (img (H, W, 3), label (H, W)) and returns both."""
 
     def __init__(self, img_name_list_path, voc12_root, label_dir, num_classes=len(CAT_LIST), transforms=()):
         super().__init__(img_name_list_path, voc12_root)
@@ -161,8 +161,8 @@ class VOC12SegDataset(VOC12ImageDataset):
         return os.path.join(self.label_dir, name + '.png')
 
     def read_label(self, name, size=None):
-        """uint8 (H, W) of an image of that size, None: of any; perhaps 255 at every pixel, as infer_aff.py
-        --ignore_below writes it where no pixel is sure. Raises BadInput for what cannot be trained on."""
+        """Reads the label map, uint8 (H, W), of an image of that size; None allows any size. All pixels may be 255, if
+        infer_aff.py --ignore_below found none that is certain. Raises BadInput for maps that cannot be used."""
         path = self.label_path(name)
         label = image_files.read_label_map(path, '--label_dir')
         if size and label.shape != size:

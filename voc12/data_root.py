@@ -1,4 +1,4 @@
-"""Writing a data root of VOC's layout."""
+"""Finds and names images, and writes a data root of VOC's layout."""
 import contextlib
 import filecmp
 import os
@@ -18,8 +18,8 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')
 
 
 def name_images(paths, source):
-    """dict NAME -> image path, sorted by NAME: the file name without extension, with _ for blanks, dots and the like.
-    source: where the paths are from, for the message. Raises BadInput for two images of one NAME."""
+    """Returns a dict NAME -> image path, sorted by NAME: the file name without extension, with _ for blanks, dots and
+    the like. source: flag that named the paths, for the message. Raises BadInput if two images have one NAME."""
     names = {}
     for path in sorted(paths):
         name = re.sub(r'[^\w-]', '_', os.path.splitext(os.path.basename(path))[0])
@@ -30,8 +30,8 @@ def name_images(paths, source):
 
 
 def find_images(paths):
-    """The images that the flag --images names: files, and folders with their sub-folders. Hidden files do not count.
-    Returns (dict NAME -> path, see `name_images`; the innermost folder with all of `paths` in it, or a single one).
+    """Finds the images of the --images flag: files, and folders with their sub-folders. Ignores hidden files.
+    Returns (dict NAME -> path, see `name_images`; the innermost folder that contains all of `paths`).
     Raises BadInput for a path that does not exist and for a folder without images."""
     files = []
     for path in paths:
@@ -49,7 +49,7 @@ def find_images(paths):
 
 
 def check_out(out, marker):
-    """Raises BadInput unless the folder `out` is new, empty, or one of ours, which has the file `marker`."""
+    """Raises BadInput unless the folder `out` is new, empty, or made by this script, which leaves the file `marker`."""
     if os.path.isdir(out) and os.listdir(out) and not os.path.isfile(os.path.join(out, marker)):
         raise BadInput(f'{out} was not made by this script; name an empty or new folder (--out)')
 
@@ -60,13 +60,13 @@ def write_lines(path, lines):
 
 
 def place_file(source, target, copy):
-    """Makes `target` a link to the file `source`, or a copy where that is asked for or links are not possible.
-    An older link is replaced. Raises BadInput for another file in the way, which may be the user's."""
+    """Makes `target` a link to the file `source`, or a copy with `copy` or if links are not possible. Replaces an older
+    link. Raises BadInput if there is another file, which may be the user's."""
     if os.path.islink(target):
         os.unlink(target)
     elif os.path.exists(target):
         if not filecmp.cmp(source, target, shallow=False):
-            raise BadInput(f'{target} (--out) is no copy of {source}; move it away, or name another folder')
+            raise BadInput(f'{target} (--out) exists and is no copy of {source}; move it away, or name another folder')
         return
     if not copy:
         with contextlib.suppress(OSError):         # a file system or an account may have no links
@@ -77,10 +77,11 @@ def place_file(source, target, copy):
 
 
 def write_root(out, marker, files, labels, class_names, lists, copy=False):
-    """Writes a data root, the lists last. Images of earlier runs that no list names any more stay, links to masks go.
+    """Writes a data root, the lists last. Of earlier runs, images that no list names any more stay, and links to masks
+    are deleted.
 
     files: dict path in `out` -> path of the file to link to. labels: dict NAME -> float32 (C,). lists: dict 'train' or
-    'val' -> names; an empty list is not written.
+    'val' -> names; empty lists are not written. copy: copy the files instead of linking to them.
     """
     for folder in sorted({LIST_FOLDER, *map(os.path.dirname, files)}):
         make_dir(os.path.join(out, folder), '--out')

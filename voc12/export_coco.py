@@ -6,10 +6,10 @@
 
 An annotation is one class of one image or, with --parts, one connected part of it. Neither is an instance: two dogs
 that touch are one part, and a dog behind a pole is two. Outlines are compressed RLE, so every pixel is kept; `bbox` is
-x, y, width, height in pixels, and `area` counts pixels. Category 1 is the first of --class_names. `file_name` is that
-of the image in JPEGImages/ of --voc12_root: name this folder where a tool asks for the images. An image without any
-object is in the file, without annotations. Pixels of 255, whose class is not known, are in no annotation, since the
-format has no value for them. One line says how many there are.
+x, y, width, height in pixels, and `area` counts pixels. Category 1 is the first of --class_names. `file_name` is the
+image in JPEGImages/ of --voc12_root: name this folder if a program asks for the images. An image without any object has
+an entry without annotations. Pixels of 255, whose class is not known, are in no annotation, because the format has no
+value for them; the command prints their number.
 """
 import argparse
 import functools
@@ -22,7 +22,7 @@ import numpy as np
 
 try:
     from pycocotools import mask as coco_mask
-except ImportError:                 # said when the command runs; --help works without
+except ImportError:                 # reported when the command runs; --help works without
     coco_mask = None
 
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
@@ -41,17 +41,19 @@ def get_args_parser():
     parser.add_argument('--label_dir', required=True, metavar='DIR', help='folder of the label maps, NAME.png')
     parser.add_argument('--voc12_root', required=True, metavar='ROOT', help='data root of their images')
     parser.add_argument('--class_names', metavar='FILE',
-                        help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--list', metavar='FILE', help='images to write (default: every label map in --label_dir)')
-    parser.add_argument('--parts', action='store_true', help='one annotation for each connected part of a class')
+                        help="text file with the names of the foreground classes, one per line (default: VOC's 20)")
+    parser.add_argument('--list', metavar='FILE',
+                        help='list of the images to write (default: every label map in --label_dir)')
+    parser.add_argument('--parts', action='store_true',
+                        help='write one annotation per connected part of a class (default: one per class of an image)')
     parser.add_argument('--out', required=True, metavar='JSON', help='file to write')
-    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
+    parser.add_argument('--num_workers', default=8, type=int, help='number of processes; 0 uses the main process')
     return parser
 
 
 def split_labels(labels, parts):
-    """Yields (class index, bool (H, W) mask) of what becomes an annotation of a label map, uint8 (H, W): each class but
-    0 and 255 or, with `parts`, each part of it whose pixels touch at a side or a corner."""
+    """Yields (class index, bool (H, W) mask) for each annotation of a label map, uint8 (H, W): each class except 0 and
+    255 or, with `parts`, each of its parts, whose pixels touch at a side or a corner."""
     for index in np.setdiff1d(labels, (0, IGNORE)).tolist():
         mask = labels == index
         if parts:
@@ -62,7 +64,7 @@ def split_labels(labels, parts):
 
 
 def describe_label_map(name, label_dir, voc12_root, num_classes, parts):
-    """Of one image: (its entry for the JSON, list of its annotations, number of its pixels of 255), ids left out.
+    """Returns for one image (its entry in the JSON, list of its annotations, number of its pixels of 255), without ids.
     parts: see `split_labels`. Raises BadInput for a label map that does not fit the image or the classes."""
     path, image_path = os.path.join(label_dir, name + '.png'), get_img_path(name, voc12_root)
     labels = read_label_map(path, '--label_dir')
@@ -114,9 +116,9 @@ def main(args):
     with atomic_write(args.out) as file:
         file.write(json.dumps(data).encode('ascii'))
     print(f'{args.out}: {len(data["annotations"]):,} annotations, one for each {what}, of {len(names):,} images; '
-          f'{empty:,} of these have no object')
+          f'{empty:,} of the images have no object')
     if ignored:
-        print(f'{ignored:,} pixels of {IGNORE} are in no annotation; readers of the file take them for background')
+        print(f'{ignored:,} pixels of {IGNORE} are in no annotation; programs that read the file see background there')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Writes the image-level labels of the training and validation images: a pickled dict, name -> float32 multi-hot.
+"""Writes the image-level labels of training and validation images, a pickled dict name -> float32 multi-hot.
 
     python voc12/make_cls_labels.py --voc12_root VOC2012
 
@@ -30,9 +30,10 @@ REPO_ROOT = os.path.dirname(HERE)
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--train_list', default='train_aug.txt',
-                        help='list of images; a bare file name is looked for in the working directory, then beside '
-                             'this script (default: %(default)s)')
-    parser.add_argument('--val_list', default='val.txt', help='another, found in the same way (default: %(default)s)')
+                        help='list of the training images; a file name without folder is looked for in the working '
+                             'directory, then beside this script (default: %(default)s)')
+    parser.add_argument('--val_list', default='val.txt',
+                        help='list of the validation images, found in the same way (default: %(default)s)')
     parser.add_argument('--out', default=os.path.join(HERE, 'cls_labels.npy'),
                         help='file to write (default: cls_labels.npy beside this script, where training looks for it)')
     parser.add_argument('--voc12_root', required=True,
@@ -41,19 +42,20 @@ def get_args_parser():
     parser.add_argument('--source', default='xml', choices=['xml', 'seg'],
                         help='xml: the objects of Annotations/, as in the original labels; seg: the masks of '
                              f'{AUG_GT_FOLDER}/ or, where that lacks one, {GT_FOLDER}/ (default: %(default)s)')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
+    parser.add_argument('--class_names',
+                        help="text file with the names of the foreground classes, one per line (default: VOC's 20)")
     return parser
 
 
 def find_list(path):
-    """A bare file name that the working directory lacks means the file beside this script."""
+    """Returns the path of a list: a file name without folder that the working directory lacks is beside this script."""
     if not os.path.isfile(path) and not os.path.dirname(path):
         return os.path.join(HERE, path)
     return path
 
 
 def find_root(voc12_root):
-    """The data root, also when it is relative to the repository and the working directory is voc12/."""
+    """Returns the path of the data root, which may be relative to the working directory or to the repository."""
     in_repo = os.path.join(REPO_ROOT, voc12_root)
     if not os.path.isdir(voc12_root) and os.path.isdir(in_repo):
         print(f'no folder {voc12_root} in the working directory; using {in_repo} (--voc12_root)')
@@ -63,8 +65,8 @@ def find_root(voc12_root):
 
 
 def label_from_mask(path, num_classes):
-    """float32 (C,) multi-hot of the classes in a label map (0 background, 1..C, 255 ignored).
-    Raises BadInput for an unreadable file, one that is not single-channel, and values between C and 255."""
+    """Returns the classes in a label map (0 background, 1..C, 255 ignored) as float32 (C,) multi-hot.
+    Raises BadInput for an unreadable file, one with several channels, and values between C and 255."""
     mask = read_label_map(path, '--source seg')
     wrong = wrong_values(mask, num_classes)
     if wrong:
@@ -73,7 +75,7 @@ def label_from_mask(path, num_classes):
 
 
 def find_mask(name, voc12_root):
-    """Path of the mask of an image: that of the augmented set, or where there is none the official one."""
+    """Returns the path of the mask of an image: that of the augmented set or, if there is none, the official one."""
     paths = [os.path.join(voc12_root, folder, name + '.png') for folder in (AUG_GT_FOLDER, GT_FOLDER)]
     for path in filter(os.path.isfile, paths):
         return path
@@ -81,7 +83,7 @@ def find_mask(name, voc12_root):
 
 
 def report(lists, labels, class_names):
-    """Prints images per class for each list, images without any class, and how the lists compare with SEAM's.
+    """Prints for each list the images per class, the images without any class, and whether it is one of SEAM's.
 
     lists: dict flag -> list of names; labels: dict name -> float32 (C,).
     """
@@ -94,7 +96,7 @@ def report(lists, labels, class_names):
         print(f'{flag}: {compare_labels(names, labels)}')
         empty = [name for name in names if not labels[name].any()]
         if empty:
-            print(f'warning: {flag}: {len(empty)} images without any class, which training takes for negatives: '
+            print(f'warning: {flag}: {len(empty)} images have no class, so training uses them as negatives: '
                   f'{join_first(empty)}')
 
 
@@ -103,12 +105,12 @@ def main(args):
              for flag, path in (('--train_list', args.train_list), ('--val_list', args.val_list))}
     class_names = load_class_names(args.class_names)
     voc12_root = find_root(args.voc12_root)
-    out = args.out if args.out.endswith('.npy') else args.out + '.npy'      # as np.save does with a path
+    out = args.out if args.out.endswith('.npy') else args.out + '.npy'      # np.save does the same
     check_dir(os.path.dirname(os.path.abspath(out)), '--out')
 
     labels, unknown = {}, collections.Counter()
     names = dict.fromkeys(name for names in lists.values() for name in names)
-    for name in tqdm(names, desc=f'labels from {args.source}', disable=None):           # a bar on a terminal only
+    for name in tqdm(names, desc=f'labels from {args.source}', disable=None):           # a bar only on a terminal
         if args.source == 'seg':
             labels[name] = label_from_mask(find_mask(name, voc12_root), len(class_names))
         else:

@@ -3,9 +3,9 @@
     python voc12/make_lists.py --voc12_root VOC2012 --sbd_root benchmark_RELEASE
     python voc12/make_lists.py --voc12_root VOC2012 --seg_aug SegmentationClassAug
 
-Writes train.txt, val.txt, test.txt (where the devkit has it) and train_aug.txt, and says of each whether it is the list
-that SEAM used. A line is `/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`, the form that other weakly supervised
-code reads too; the code here uses the first column only. Lines are sorted by name.
+Writes train.txt, val.txt, test.txt (if the devkit has it) and train_aug.txt, and says for each whether it is the list
+that SEAM used. A line is `/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png`, a form that other weakly supervised
+code also reads; this repository reads only the first column. Lines are sorted by name.
 """
 import argparse
 import os
@@ -20,27 +20,27 @@ from voc12.data_root import write_lines
 from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, LIST_FOLDER, join_first, get_img_path, read_names,
                          read_sbd, stems)
 
-ONE_COLUMN = ('test', 'all_annotated')      # lists of images that have no mask, or not all of them
+ONE_COLUMN = ('test', 'all_annotated')      # lists in which some or all images have no mask
 
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit (default: %(default)s)')
     source = parser.add_mutually_exclusive_group()
-    source.add_argument('--sbd_root', help='folder benchmark_RELEASE of SBD, or the folder dataset in it: train_aug is '
-                                           'VOC train plus SBD train and val, minus VOC val')
-    source.add_argument('--seg_aug', help='folder of PNG masks, perhaps in --voc12_root: train_aug is VOC train plus '
-                                          'every mask, minus VOC val')
+    source.add_argument('--sbd_root', help='folder benchmark_RELEASE of SBD, or the folder dataset in it; train_aug '
+                                           'becomes VOC train plus SBD train and val, minus VOC val')
+    source.add_argument('--seg_aug', help='folder of PNG masks, also relative to --voc12_root; train_aug becomes VOC '
+                                          'train plus all images with a mask, minus VOC val')
     parser.add_argument('--all_annotated', action='store_true',
-                        help='write all_annotated.txt too, more images than SEAM trained on: every image with an XML '
-                             'annotation, minus VOC val and test')
+                        help='also write all_annotated.txt, every image with an XML annotation, minus VOC val and '
+                             'test; these are more images than SEAM was trained on')
     parser.add_argument('--out_dir', default=os.path.dirname(os.path.abspath(__file__)),
                         help='folder for the lists (default: the folder of this script)')
     return parser
 
 
 def names_of_sbd(sbd_root):
-    """Set of the names in SBD's lists."""
+    """Returns the set of the names in SBD's lists."""
     folder, names = read_sbd(sbd_root)
     masks = os.path.join(folder, 'cls')
     missing = sorted(names - stems(masks, '.mat', '--sbd_root')) if os.path.isdir(masks) else []
@@ -50,12 +50,12 @@ def names_of_sbd(sbd_root):
 
 
 def collect_lists(args):
-    """dict list name -> set of image names, everything that the sources allow."""
+    """Returns a dict list name -> set of image names, for all lists that the flags allow."""
     folder = os.path.join(args.voc12_root, LIST_FOLDER)
     keys = ['train', 'val', 'test']
     if not os.path.isfile(os.path.join(folder, 'test.txt')):
         keys.remove('test')
-        print(f'test.txt not written: {folder} has no test.txt (it comes with the test part of the devkit)')
+        print(f'test.txt is not written: {folder} has no test.txt, which is in the test part of the devkit')
     lists = {key: read_names(os.path.join(folder, key + '.txt'), '--voc12_root') for key in keys}
 
     if args.sbd_root:
@@ -64,22 +64,22 @@ def collect_lists(args):
         masks = args.seg_aug if os.path.isdir(args.seg_aug) else os.path.join(args.voc12_root, args.seg_aug)
         lists['train_aug'] = (stems(masks, '.png', '--seg_aug') | lists['train']) - lists['val']
     else:
-        print('train_aug.txt not written: it needs --sbd_root (the SBD release) or --seg_aug (its masks as PNG)')
+        print('train_aug.txt is not written: it needs --sbd_root (the SBD release) or --seg_aug (its masks as PNG)')
         if os.path.isdir(os.path.join(args.voc12_root, AUG_GT_FOLDER)):
-            print(f'there are masks for --seg_aug {AUG_GT_FOLDER}')
+            print(f'the data root has such masks: use --seg_aug {AUG_GT_FOLDER}')
     if args.all_annotated:
         annotated = stems(os.path.join(args.voc12_root, ANNOT_FOLDER), '.xml', '--voc12_root')
         images = {name for name in annotated if os.path.isfile(get_img_path(name, args.voc12_root))}
         lists['all_annotated'] = images - lists['val'] - lists.get('test', set())
     for key, names in lists.items():
         if not names:
-            raise BadInput(f'nothing is left for {key}.txt: check {folder} and {ANNOT_FOLDER} (--voc12_root)')
+            raise BadInput(f'{key}.txt would be empty: check {folder} and {ANNOT_FOLDER} (--voc12_root)')
     return lists
 
 
 def main(args):
     check_dir(os.path.join(args.voc12_root, IMG_FOLDER), '--voc12_root')
-    lists = collect_lists(args)      # all of them before the first is written: an error leaves the old ones
+    lists = collect_lists(args)      # all of them before the first is written, so an error leaves the old ones
     make_dir(args.out_dir, '--out_dir')
     for key, names in lists.items():
         names = sorted(names)

@@ -1,9 +1,9 @@
-"""Writes SegmentationClassAug, the masks of VOC's augmented training set: SBD's as PNG, and VOC's own.
+"""Writes SegmentationClassAug, the masks of VOC's augmented training set: VOC's own, and those of SBD as PNG.
 
     python voc12/make_seg_aug.py --sbd_root benchmark_RELEASE --voc12_root VOC2012
 
-The images are those of VOC train and val and of SBD train and val, 12,031 in all. Where VOC has a mask, that one is
-copied, with its borders of 255; the other masks are SBD's, which have no borders. `make_lists.py --seg_aug
+The images are those of VOC train and val and of SBD train and val, 12,031 in all. If VOC has a mask of an image, it is
+copied with its borders of 255; the other masks are SBD's, which have no borders. `make_lists.py --seg_aug
 SegmentationClassAug` makes train_aug.txt from the folder.
 """
 import argparse
@@ -26,7 +26,7 @@ from tool.workers import parallel_map
 from voc12.canonical import compare_names
 from voc12.lists import AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, LIST_FOLDER, read_names, read_sbd, stems
 
-NUM_CLASSES = len(CAT_LIST)        # SBD has VOC's classes, in VOC's order
+NUM_CLASSES = len(CAT_LIST)        # SBD has the classes of VOC, in the same order
 
 
 def get_args_parser():
@@ -34,14 +34,14 @@ def get_args_parser():
     parser.add_argument('--sbd_root', required=True, help='folder benchmark_RELEASE of SBD, or dataset in it')
     parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit (default: %(default)s)')
     parser.add_argument('--out', help=f'folder for the masks (default: {AUG_GT_FOLDER} in --voc12_root)')
-    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
+    parser.add_argument('--num_workers', default=8, type=int, help='number of processes; 0 uses the main process')
     parser.add_argument('--resume', action='store_true', help='keep the masks that an interrupted run has finished')
     return parser
 
 
 def collect_sources(voc12_root, sbd_root):
     """Returns (dict image name -> path of its mask, a .png of VOC or a .mat of SBD; set of the names of VOC val).
-    Raises BadInput where masks are missing."""
+    Raises BadInput if masks are missing."""
     dataset, sbd = read_sbd(sbd_root)
     train, val = (read_names(os.path.join(voc12_root, LIST_FOLDER, key + '.txt'), '--voc12_root')
                   for key in ('train', 'val'))
@@ -57,14 +57,14 @@ def collect_sources(voc12_root, sbd_root):
 
 
 def read_sbd_mask(path):
-    """(H, W) label map, of the integer type in the file (uint8 in the release), of one of SBD's cls/NAME.mat.
+    """Reads the label map (H, W) in SBD's cls/NAME.mat, with the integer type of the file (uint8 in the release).
 
-    The file is of MATLAB's version 5, with a struct GTcls and its field Segmentation: 0 background, 1..20.
+    The file has MATLAB's version 5, and a struct GTcls with the field Segmentation: 0 background, 1..20.
     Raises BadInput for every other content.
     """
     try:
         struct = np.asarray(loadmat(path, appendmat=False, variable_names=['GTcls']).get('GTcls'))      # (1, 1)
-    except Exception as error:      # bytes that are no such file raise whatever they lead to, zlib.error to IndexError
+    except Exception as error:      # damaged files raise anything from zlib.error to IndexError
         raise BadInput(f'cannot read {path} (--sbd_root) as a MATLAB 5 file: {" ".join(str(error).split())}') from error
     if struct.size != 1 or 'Segmentation' not in (struct.dtype.names or ()):
         raise BadInput(f'{path} (--sbd_root) is no mask of SBD: it has no struct GTcls with a field Segmentation')
@@ -76,8 +76,8 @@ def read_sbd_mask(path):
 
 
 def write_mask(source, out):
-    """Writes the mask `source`, a .png of VOC or a .mat of SBD, as .png into the folder `out`. VOC's is copied byte
-    for byte. Returns the extension of the source. Raises BadInput, also for values that are no class."""
+    """Writes the mask `source`, a .png of VOC or a .mat of SBD, as .png into the folder `out`. VOC's masks are copied
+    byte for byte. Returns the extension of the source. Raises BadInput, also for values that are no class."""
     name, extension = os.path.splitext(os.path.basename(source))
     flag = '--sbd_root' if extension == '.mat' else '--voc12_root'
     labels = read_sbd_mask(source) if extension == '.mat' else read_label_map(source, flag)
@@ -99,17 +99,17 @@ def main(args):
     sources, val = collect_sources(args.voc12_root, args.sbd_root)
     out = args.out or os.path.join(args.voc12_root, AUG_GT_FOLDER)
     if os.path.realpath(out) == os.path.realpath(os.path.join(args.voc12_root, GT_FOLDER)):
-        raise BadInput(f'{out} (--out) is the folder of the official masks: SBD\'s would mix with them')
+        raise BadInput(f'{out} (--out) is the folder of the official masks, where SBD\'s must not be: name another')
     make_dir(out, '--out')
 
-    # a mask gets its name when it is complete, so one that is there needs no check
+    # a mask gets its name when it is complete, so an existing one needs no check
     there = stems(out, '.png', '--out') if args.resume else set()
     todo = [path for name, path in sources.items() if name not in there]
     written = collections.Counter(parallel_map(functools.partial(write_mask, out=out), todo, args.num_workers, 'masks'))
     print(f'{out}: {written[".mat"]} masks converted from SBD, {written[".png"]} copied from VOC, '
           f'{len(sources) - len(todo)} already there')
     train_aug = stems(out, '.png', '--out') - val           # as make_lists.py --seg_aug will find it
-    print(f'the masks in it without those of VOC val: {len(train_aug)} names, {compare_names(train_aug, "train_aug")}')
+    print(f'masks without those of VOC val: {len(train_aug)} names, {compare_names(train_aug, "train_aug")}')
 
 
 if __name__ == '__main__':

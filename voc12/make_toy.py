@@ -1,10 +1,10 @@
 """Writes a small synthetic data set in the layout of PASCAL VOC 2012.
 
-A miniature of weakly supervised segmentation, for trying the whole pipeline without VOC. An object is a
-small striking head, whose pattern gives the class away, and a larger body in colours that all classes share, with a
-faint trace of the head's pattern and colours all over, as the fur of an animal has; some classes come often with a
-background kind of their own. So a plain classifier's CAM lights up on the heads (and somewhat on the background);
-reaching the bodies is left to the method.
+It is a miniature of weakly supervised segmentation, to try the whole pipeline without VOC. An object has a small
+striking head, whose pattern identifies the class, and a larger body in colours that all classes share. The body carries
+only a weak cue, a faint trace of the head's pattern and colours, like the fur of an animal. Some classes often have a
+background of their own. A plain classifier's CAM therefore highlights the heads and some background; the method has to
+find the bodies.
 """
 import argparse
 import colorsys
@@ -25,12 +25,12 @@ from tool.image_files import IGNORE, save_label_map
 from voc12.data_root import check_out, write_lines
 from voc12.lists import ANNOT_FOLDER, GT_FOLDER, IMG_FOLDER, LIST_FOLDER, load_class_names
 
-MARKER = 'TOY.txt'                 # tells a folder of ours from a real VOC2012, whose names we would overwrite
-MOST_CLASSES = 24                  # heads that can be told apart
-MIN_SIDE = 48                      # pixels; below this heads are no longer more than a few pixels
-VAL_EVERY = 4                      # one image in four goes to val
+MARKER = 'TOY.txt'                 # marks a folder of this script, so that it never overwrites a real VOC2012
+MOST_CLASSES = 24                  # number of heads that differ clearly
+MIN_SIDE = 48                      # pixels; in smaller images heads have only a few pixels
+VAL_EVERY = 4                      # one image in four is in val
 
-# Muted, so that the saturated heads stand out.
+# muted, so that the saturated heads stand out
 BODY_COLOURS = np.array([
     (124, 92, 73), (194, 171, 140), (197, 199, 203), (73, 73, 80), (45, 39, 38), (233, 226, 211),
     (100, 114, 139), (111, 111, 75), (108, 62, 68), (121, 101, 134), (167, 113, 94), (76, 116, 114)], np.float32)
@@ -38,17 +38,17 @@ BACKGROUND_COLOURS = np.array([
     (99, 128, 83), (109, 140, 171), (195, 180, 151), (147, 102, 89), (113, 113, 117), (224, 226, 232),
     (128, 112, 142)], np.float32)
 TRACE = .25                        # share of the head's pattern in the body
-MIN_CONTRAST = 60.                 # RGB distance of a body's colour, without the trace, from those of its background
+MIN_CONTRAST = 60.                 # least RGB distance of a body's colour, without the trace, from its background
 
 
 def smooth_noise(rng, h, w, cell):
-    """float32 (h, w) noise of about unit deviation whose blobs are about `cell` pixels wide."""
+    """Returns noise, float32 (h, w), of about unit deviation, with blobs about `cell` pixels wide."""
     coarse = rng.standard_normal((int(h / cell) + 2, int(w / cell) + 2)).astype(np.float32)
     return cv2.resize(coarse, (w, h), interpolation=cv2.INTER_CUBIC)
 
 
 def background_texture(rng, kind, h, w):
-    """float32 (h, w) relief of about -1..1: blotches, grain, waves, bricks or planks, by `kind`."""
+    """Returns a relief, float32 (h, w), of about -1..1: blotches, grain, waves, bricks or planks, by `kind`."""
     y, x = np.mgrid[:h, :w].astype(np.float32) + rng.uniform(0, 50, (2, 1, 1)).astype(np.float32)
     scale = rng.uniform(.8, 1.3) * min(h, w) / 128
     blur = smooth_noise(rng, h, w, max(10 * scale, 2.))
@@ -66,10 +66,10 @@ def background_texture(rng, kind, h, w):
 
 
 def make_background(rng, own_kind, num_kinds, h, w):
-    """float32 (h, w, 3) RGB and the list of its one or two base colours.
+    """Draws a background. Returns it, float32 (h, w, 3) RGB, and the list of its one or two base colours.
 
-    In 40% of the images of every third class the kind is `own_kind`, else any: like a boat's water, it hints at
-    the class without being it. Half of the images have another kind above a horizon.
+    In 40% of the images of every third class its kind is `own_kind`, else any: like the water around a boat, it is a
+    cue for the class without being it. Half of the images have another kind above a horizon.
     """
     kind = own_kind if own_kind % 3 == 0 and rng.random() < .4 else int(rng.integers(num_kinds))
     kinds = [kind] if rng.random() < .5 else [kind, int(rng.integers(num_kinds))]
@@ -83,9 +83,9 @@ def make_background(rng, own_kind, num_kinds, h, w):
 
 
 def paint_head(k, u, v):
-    """The striking part of class `k` (from 0): float32 (..., 3) RGB and bool (...) shape.
+    """Draws the head of class `k` (from 0). Returns float32 (..., 3) RGB and its shape, bool (...).
 
-    u, v: coordinates in head radii, 0 at the centre. Pattern, outline and colour pair belong to the class.
+    u, v: coordinates in head radii, 0 at the centre. The class determines pattern, outline and both colours.
     """
     radius, angle = np.hypot(u, v), np.arctan2(v, u)
     pattern = [np.sin(5 * u) > 0,                            # stripes
@@ -96,14 +96,15 @@ def paint_head(k, u, v):
                np.cos(6 * u) + np.cos(6 * v) > -.3,          # dots
                radius < .45 + .3 * np.cos(5 * angle)][k % 7]  # star
     power = (2., 6., 1.6)[k % 3]                             # disc, square, rounded diamond
-    # six hues, further apart than the colour jitter of training moves them; classes 6.. lie between
+    # six hues, which the colour jitter of training does not confuse; classes from 6 on lie between them
     saturated = np.array(colorsys.hsv_to_rgb(k % 6 / 6 + k // 6 / 24, 1., .95)) * 255
     partner = np.array((250., 250., 250.) if k % 2 else (15., 15., 15.))
     return np.where(pattern[..., None], saturated, partner), abs(u) ** power + abs(v) ** power < 1
 
 
 def make_object(rng, k, length, head_radius, colour):
-    """One object of class `k` (from 0) on a square patch: float32 (s, s, 3) RGB, bool (s, s) object, bool head.
+    """Draws an object of class `k` (from 0) on a square patch. Returns float32 (s, s, 3) RGB, and the shapes of the
+    object and of its head, bool (s, s).
 
     length, head_radius: in pixels. colour: (3,) RGB of the body.
     """
@@ -126,20 +127,21 @@ def make_object(rng, k, length, head_radius, colour):
 
 
 def choose_body_colour(rng, k, taken):
-    """(3,) RGB from the set shared by all classes, well apart from the `taken` colours of the image."""
+    """Chooses a body colour, (3,) RGB, that all classes share and that differs from the `taken` ones of the image."""
     contrast = np.min([np.linalg.norm(BODY_COLOURS - colour, axis=1) for colour in taken], axis=0)
     weights = np.ones(len(BODY_COLOURS))
-    weights[[2 * k % len(weights), (2 * k + 5) % len(weights)]] = 2.    # a class leans to two of them, no more
+    weights[[2 * k % len(weights), (2 * k + 5) % len(weights)]] = 2.    # a class has two of them more often
     weights *= contrast >= min(MIN_CONTRAST, contrast.max())
     return BODY_COLOURS[rng.choice(len(weights), p=weights / weights.sum())] + rng.uniform(-10, 10, 3)
 
 
 def place_object(rng, shape, head, instances, areas, pad, tries):
-    """New (h + 2 pad, w + 2 pad) instance map with one object more, or None, and the patch's slices.
+    """Puts another object into an instance map. Returns the new map, (h + 2 pad, w + 2 pad), or None, and the slices of
+    the object's patch.
 
-    instances: int map, 0 nothing, i the i-th object, whose full pixel count is areas[i - 1]. A place is
-    good if every object, the new one too, shows at least 65% of its pixels inside the frame, the new
-    head is in the frame, and heads are not hidden (`instances` holds them as -i).
+    instances: int map, 0 nothing, i the i-th object, whose full pixel count is areas[i - 1], -i its head. A place is
+    good if every object, also the new one, shows at least 65% of its pixels inside the frame, the new head is in the
+    frame, and no head is hidden.
     """
     h, w = instances.shape[0] - 2 * pad, instances.shape[1] - 2 * pad
     size = shape.shape[0]
@@ -159,11 +161,11 @@ def place_object(rng, shape, head, instances, areas, pad, tries):
 
 
 def make_image(seed, index, size, num_classes):
-    """Image number `index`: uint8 (h, w, 3) RGB, int (h, w) instances (0 nothing, i the i-th object), classes.
+    """Draws image number `index`. Returns uint8 (h, w, 3) RGB, the instances, int (h, w), 0 nothing, i the i-th object,
+    and the list of the objects' classes, 0..num_classes-1.
 
-    size: (H, W); each side varies by 0.85..1.15. classes: list of 0..num_classes-1, one per object. Depends
-    on (seed, index, size, num_classes) and not on how many images are made. The first object's class goes
-    round with the index, so every class has its share.
+    size: (H, W); each side varies by 0.85..1.15. The image depends only on (seed, index, size, num_classes). The first
+    object's class cycles with the index, so every class has its share.
     """
     rng = np.random.default_rng([seed, index])
     h, w = (int(round(side * rng.uniform(.85, 1.15))) for side in size)
@@ -175,11 +177,11 @@ def make_image(seed, index, size, num_classes):
     for number in range(int(rng.choice([1, 2, 3], p=[.55, .35, .1]))):
         k = first if number == 0 or rng.random() < .25 else int(rng.integers(num_classes))
         length = min(h, w) * rng.uniform(.4, .9)
-        # With heads a quarter narrower, 250 steps from scratch taught a small classifier little.
+        # a small classifier learned little in 250 steps from scratch if heads were a quarter narrower
         head_radius = max(.115 * min(h, w), .2 * length)
         colour = choose_body_colour(rng, k, colours)
         rgb, shape, head = make_object(rng, k, length, head_radius, colour)
-        # The frame is empty for the first object, so a good place always turns up; others may find none.
+        # the frame is empty for the first object, so there is always a good place; for others there may be none
         trial, window = place_object(rng, shape, head, instances, areas, pad, tries=25 if number else 1000)
         if trial is None:
             continue
@@ -197,7 +199,7 @@ def make_image(seed, index, size, num_classes):
 
 
 def make_mask(instances, classes):
-    """uint8 (h, w) label map: 0 background, class + 1, 255 on the two pixels along every border."""
+    """Returns the label map, uint8 (h, w): 0 background, class + 1, 255 on the two pixels along every border."""
     mask = np.array([0] + [k + 1 for k in classes], np.uint8)[instances]
     levels, kernel = instances.astype(np.uint8), np.ones((3, 3), np.uint8)
     mask[cv2.dilate(levels, kernel) != cv2.erode(levels, kernel)] = IGNORE
@@ -205,7 +207,7 @@ def make_mask(instances, classes):
 
 
 def make_annotation(name, instances, classes, class_names):
-    """Lines of VOC's XML of one image; boxes count from 1, both ends included."""
+    """Returns the lines of VOC's XML for one image; boxes count from 1 and include both ends."""
     h, w = instances.shape
     lines = ['<annotation>', f'\t<filename>{name}.jpg</filename>',
              f'\t<size><width>{w}</width><height>{h}</height><depth>3</depth></size>']
@@ -218,26 +220,30 @@ def make_annotation(name, instances, classes, class_names):
 
 
 def split_indices(count, num_classes):
-    """(train, val) index lists: every fourth image of each class's turn is val, so from 4 * num_classes
-    images on every class is in both."""
+    """Returns the index lists (train, val): every fourth image of each class is in val, so with 4 * num_classes images
+    or more, every class is in both."""
     by_class = sorted(range(count), key=lambda index: (index % num_classes, index))
     val = sorted(by_class[1::VAL_EVERY])
     return sorted(set(range(count)) - set(val)), val
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description='Write a synthetic data set in the layout of VOC2012.')
+    parser = argparse.ArgumentParser(description='Writes a synthetic data set in the layout of VOC2012.')
     parser.add_argument('--out', required=True, metavar='ROOT',
-                        help='folder to write, the --voc12_root of the other scripts; a toy set there is overwritten')
+                        help='folder to write, the --voc12_root of the other scripts; an older toy set is overwritten')
     parser.add_argument('--count', default=400, type=int, metavar='N',
-                        help='number of images, a quarter of them val; use 4 per class or more')
+                        help='number of images, a quarter of them in val; use 4 per class or more (default: '
+                             '%(default)s)')
     parser.add_argument('--size', default=[128, 160], type=int, nargs=2, metavar=('H', 'W'),
-                        help='height and width in pixels; each image varies by 15%% around them')
+                        help='height and width in pixels, from which each image differs by up to 15%% (default: 128 '
+                             '160)')
     parser.add_argument('--classes', type=int, metavar='K',
-                        help='draw objects of the first K classes: 6, or all where there are fewer; networks keep an '
-                             'output for every class')
-    parser.add_argument('--class_names', help="names of the foreground classes, one a line; VOC's without it")
-    parser.add_argument('--seed', default=0, type=int, metavar='S', help='same seed and flags, same files')
+                        help='draw objects of only the first K classes (default: 6, or all if there are fewer); '
+                             'networks still have an output for every class')
+    parser.add_argument('--class_names',
+                        help="text file with the names of the foreground classes, one per line (default: VOC's 20)")
+    parser.add_argument('--seed', default=0, type=int, metavar='S',
+                        help='the same seed and flags make the same files (default: %(default)s)')
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What ground truth looks like: the form of VOC's masks, and values that no class has. Needs no torch."""
+"""Checks of ground truth: the form of VOC's masks, and values that are no class. Needs no torch."""
 import contextlib
 import os
 
@@ -9,28 +9,29 @@ from tool.image_files import IGNORE, decode_image, voc_palette
 from voc12.lists import CAT_LIST
 
 VOC_COLOURS = voc_palette().tobytes()
-SAMPLE = 24                        # masks that `ground_truth_warnings` looks at
+SAMPLE = 24                        # number of masks that `ground_truth_warnings` reads
 NOT_OFFICIAL = ("not the official SegmentationClass files, perhaps SBD's or SegmentationClassAug (no 255 border), "
                 'or ground truth overwritten with predictions')
 
 
 def mask_form(path):
-    """(mode, whether it is P with VOC's colours) of a mask, from the header alone. A shorter palette may be a part
-    of VOC's. Raises BadInput."""
-    def look(img):      # tobytes() of a palette from a header is an error before Pillow 13
+    """Reads the header of a mask. Returns (mode, whether it is P with VOC's colours, of which a shorter palette may be
+    a part). Raises BadInput."""
+    def look(img):      # before Pillow 13, tobytes() of a palette from a header fails
         return img.mode, img.mode == 'P' and VOC_COLOURS.startswith(img.palette.getdata()[1])
     return decode_image(path, f'the header of {path} as PNG', look, ('PNG',))
 
 
 def wrong_values(labels, num_classes):
-    """dict value -> pixels of a label map, uint8 (H, W), for the values that are neither 0..num_classes nor 255."""
+    """Returns a dict value -> number of pixels for the values other than 0..num_classes and 255 in a label map.
+    labels: uint8 (H, W)."""
     pixels = np.bincount(labels.ravel(), minlength=256)
     return {value: int(pixels[value]) for value in range(num_classes + 1, IGNORE) if pixels[value]}
 
 
 def find_labels(maps, most=2):
-    """Set of the labels besides 255 in label maps, uint8 (H, W), which are looked at in turn until `most` labels are
-    found. From maps with fewer than two there is nothing to learn."""
+    """Returns the set of the labels except 255 in label maps, uint8 (H, W). It stops after the map with which it has
+    found `most` labels. Maps with fewer than two labels are useless for training."""
     found = set()
     for labels in maps:
         found.update(np.flatnonzero(np.bincount(labels.ravel(), minlength=256)[:IGNORE]).tolist())
@@ -40,9 +41,10 @@ def find_labels(maps, most=2):
 
 
 def ground_truth_warnings(gt_dir, names, class_names):
-    """Warning lines about masks that are not VOC's official files; empty where all is well, or the classes are others.
+    """Returns a list of warnings about masks that are not VOC's official files; empty if there are none, or if the
+    classes are not VOC's.
 
-    Reads the headers of at most SAMPLE masks, spread over the list; passes over those that are missing or damaged.
+    Reads the headers of at most SAMPLE masks, spread over the list, and ignores those that are missing or damaged.
     """
     if list(class_names) != CAT_LIST:
         return []
