@@ -4,8 +4,8 @@ import resource
 import signal
 import sys
 
-os.environ['OMP_NUM_THREADS'] = '1'     # also of the processes that tests start: sums depend on it
-# and they find --network tiny_SEAM
+os.environ['OMP_NUM_THREADS'] = '1'     # also for processes that tests start, because sums depend on it
+# these processes find --network tiny_SEAM here
 os.environ['PYTHONPATH'] = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)),
                                             *filter(None, [os.environ.get('PYTHONPATH')])])
 os.environ['CUDA_VISIBLE_DEVICES'] = ''     # many tests compare bits, which a GPU does not promise
@@ -26,7 +26,7 @@ def golden(name):
 
 
 def close(actual, expected, limit):
-    """Asserts max |actual - expected| <= limit * max |expected|, with a message that says how far it is."""
+    """Asserts max |actual - expected| <= limit * max |expected|, with a message that states the difference."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
     worst = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
@@ -34,8 +34,8 @@ def close(actual, expected, limit):
 
 
 def filled(net, salt='dev'):
-    """The network with the golden runs' weights, which depend on names and shapes alone. Of full width, it has two
-    threads until the test ends."""
+    """Fills the network with the weights of the golden runs, which depend only on names and shapes. Sets two threads
+    until the test ends, because it has the full width."""
     from fill_weights import fill
     torch.set_num_threads(2)
     fill(net.state_dict(), salt)
@@ -56,7 +56,7 @@ def aff_net():
 
 @pytest.fixture(autouse=True)
 def _threads(request):
-    """One thread is quicker on small networks, two on those of full width."""
+    """Sets the number of threads: one is quicker for small networks, two for those of full width."""
     torch.set_num_threads(2 if {'seam_net', 'aff_net'} & set(request.fixturenames) else 1)
     yield
     torch.set_num_threads(1)        # for the fixtures of the next module, which come before its first test
@@ -64,8 +64,8 @@ def _threads(request):
 
 @pytest.fixture
 def pickled(monkeypatch):
-    """A list of what loader processes get, pickled as where they are spawned, on Windows and macOS. None is started
-    for it: importing torch takes seconds."""
+    """A list of the pickles that loader processes would get where they are spawned, as on Windows and macOS. No such
+    process is started, because importing torch takes seconds."""
     content, init = [], torch.utils.data.DataLoader.__init__
 
     def pickling(self, dataset, **options):
@@ -78,7 +78,7 @@ def pickled(monkeypatch):
 
 @pytest.fixture
 def small_files():
-    """As on a disk that is nearly full: no file can have 20000 bytes, which the scores of two classes need."""
+    """Imitates a disk that is nearly full: no file can have 20000 bytes, which the scores of two classes need."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))

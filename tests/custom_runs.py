@@ -27,7 +27,7 @@ def images(tmp_path):
 
 
 def arguments(images, text, *flags, out='root'):
-    """Command line after writing the labels: `text` (str, bytes, or a list of lines)."""
+    """Writes the labels `text` (str, bytes, or a list of lines). Returns the command line of make_custom.py."""
     text = '\n'.join(text) if isinstance(text, list) else text
     labels = images.parent / 'labels.csv'
     labels.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -45,7 +45,7 @@ def split_of(root, split):
 
 
 def labels_of(root):
-    """dict name -> list of its class names, by the readers that training uses."""
+    """Returns a dict name -> list of its class names, read as training reads them."""
     class_names = load_class_names(str(root / 'class_names.txt'))
     names = np.load(root / 'cls_labels.npy', allow_pickle=True).item()
     labels = load_labels(names, str(root / 'cls_labels.npy'), str(root), class_names)
@@ -53,12 +53,12 @@ def labels_of(root):
 
 
 def content(root):
-    """dict relative path -> bytes of every file."""
+    """Returns a dict relative path -> bytes of every file."""
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob('*') if path.is_file()}
 
 
 def write_mask(path, values, size=(9, 12)):
-    """A label map of (h, w) whose first pixels have `values`."""
+    """Writes a label map of (h, w) whose first pixels have `values`."""
     mask = np.zeros(size, np.uint8)
     mask.flat[:len(values)] = values
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What many tests do: run a script of the repository, and see that it ended well or was refused."""
+"""Helpers of many tests: run a script of the repository, and check that it ended well or was refused."""
 import contextlib
 import io
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT
 
-# what this repository imports of its own
+# the packages and scripts of this repository
 OURS = ('tool', 'network', 'voc12', 'train_SEAM', 'infer_SEAM', 'train_aff', 'infer_aff', 'train_seg', 'infer_seg',
         'evaluation')
 SEAM, AFF = 'tiny_SEAM', 'tiny_aff'
@@ -24,7 +24,7 @@ def shell(cwd, script, *args):
 
 
 def run(cwd, script, *args):
-    """As `shell`, command line and exit code included, but in this process: no seconds of importing torch."""
+    """Like `shell`, also with command line and exit code, but in this process, which saves the import of torch."""
     path, out, err, code = os.path.join(ROOT, script + '.py'), io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(cwd)
@@ -42,7 +42,7 @@ def done(result):
 
 
 def refused(result, *words):
-    """Exit code 2, no traceback, and a last line that holds all the words."""
+    """Asserts exit code 2, no traceback, and a last line with all the words. Returns this line."""
     assert result.returncode == 2, f'exit code {result.returncode}: {result.stderr}'
     assert 'Traceback' not in result.stderr
     line = result.stderr.strip().split('\n')[-1]
@@ -51,18 +51,18 @@ def refused(result, *words):
 
 
 def names_of(root):
-    """The names of the training list of a toy set."""
+    """Returns the names in the training list of a toy set."""
     return (root / LIST).read_text().split()
 
 
 def forget_modules():
-    """Our modules are imported anew from now on. Returns those that there were."""
+    """Removes our modules from sys.modules, so that they are imported again. Returns the removed ones."""
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] in OURS}
 
 
 @contextlib.contextmanager
 def fresh_imports():
-    """Inside, our modules are imported anew; afterwards those of before are back."""
+    """Context in which our modules are imported again; afterwards the earlier ones are back."""
     before = forget_modules()
     try:
         yield

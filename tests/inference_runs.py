@@ -34,7 +34,7 @@ def walk(root, *more):
 
 
 def contents(folder):
-    """name -> bytes of the files in a folder, without the journal, which depends on the order of the work, and without
-    what a killed process was writing."""
+    """Returns a dict name -> bytes of the files in a folder, without the journal, which depends on the order of the
+    work, and without temporary files of a killed process."""
     return {path.name: path.read_bytes() for path in folder.iterdir()
             if path.name != outputs.JOURNAL and not path.name.startswith('.')}

@@ -1,8 +1,8 @@
-"""What tests let worker processes do; without torch, which a spawned process would take seconds to import."""
+"""Jobs for the worker processes of tests. They need no torch, which a spawned process would import for seconds."""
 
 
 def write(folder, names):
-    """Files of six bytes in a ResultFolder of tool/outputs.py."""
+    """Writes files of six bytes into a ResultFolder of tool/outputs.py."""
     for name in names:
         with folder.writing(name) as path, open(path, 'wb') as file:
             file.write(b'whole.')

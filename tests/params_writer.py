@@ -1,4 +1,4 @@
-"""Writes MXNet `.params` files for tests. Says the format once more on purpose: it imports no reader."""
+"""Writes MXNet `.params` files for tests. It defines the format a second time on purpose, and imports no reader."""
 import struct
 
 import numpy as np
@@ -8,7 +8,7 @@ DTYPE_CODES = {'float32': 0, 'float64': 1, 'float16': 2, 'uint8': 3, 'int32': 4,
 
 
 def v0_array(array):
-    """Bytes of one array in the oldest version, which is that of the ImageNet weights of ResNet38."""
+    """Returns the bytes of an array in the oldest version, that of the ImageNet weights of ResNet38."""
     array = np.asarray(array)
     return (struct.pack(f'<I{array.ndim}I', array.ndim, *array.shape)
             + struct.pack('<3i', 1, 0, DTYPE_CODES[array.dtype.name])
@@ -16,7 +16,7 @@ def v0_array(array):
 
 
 def params_file(arrays, names, n=None, k=None):
-    """Bytes of a file. arrays: list of bytes; names: list of str or bytes; n, k: counts to lie about."""
+    """Returns the bytes of a file. arrays: list of bytes; names: list of str or bytes; n, k: false counts of both."""
     names = [name.encode() if isinstance(name, str) else name for name in names]
     return (struct.pack('<3Q', 0x112, 0, len(arrays) if n is None else n) + b''.join(arrays)
             + struct.pack('<Q', len(names) if k is None else k)
@@ -24,7 +24,7 @@ def params_file(arrays, names, n=None, k=None):
 
 
 def write_v0(path, named_arrays):
-    """named_arrays: dict name (with `arg:` or `aux:`) -> numpy array of at least one dimension."""
+    """Writes a file. named_arrays: dict name (with `arg:` or `aux:`) -> numpy array of at least one dimension."""
     data = params_file([v0_array(array) for array in named_arrays.values()], list(named_arrays))
     with open(path, 'wb') as file:
         file.write(data)

@@ -8,7 +8,7 @@ from helpers import AFF, LIST, SEAM, done, run, shell
 
 @pytest.fixture(scope='module')
 def pipeline(tmp_path_factory):
-    """A folder in which every stage has run, each on the output of the one before; stdout by stage."""
+    """A folder in which every stage has run on the output of the one before, and a dict stage -> its stdout."""
     root = tmp_path_factory.mktemp('pipeline')
     out = {}
     out['toy'] = done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72,
@@ -39,7 +39,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture
 def voc(pipeline, tmp_path):
-    """A copy of the toy set that a test may damage, with the flags of a short training run."""
+    """A folder with a copy of the toy set that a test may damage."""
     shutil.copytree(pipeline[0] / 'VOC2012', tmp_path / 'VOC2012')
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""tool/tables.py with scripts that do not run."""
+"""Runs tool/tables.py without running the scripts that it starts."""
 import csv
 import os
 import shutil
@@ -13,7 +13,8 @@ from voc12.lists import CAT_LIST
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """Runs tables.py in a folder with a blank in its name; returns its commands, without Python and the folder."""
+    """A function that runs tables.py in a folder with a blank in its name. It returns the commands, without Python
+    and folders."""
     root = tmp_path / 'my data'
     for folder in ('ImageSets/Segmentation', 'SegmentationClass', 'SegmentationClassAug', 'JPEGImages'):
         (root / folder).mkdir(parents=True)

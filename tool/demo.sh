@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The numbered steps of the README on any machine. Writes the folder demo/ anew; ends with a table and demo/result.png.
-#   bash tool/demo.sh [--seed N]     on drawings, with slim networks that are trained here and now
-#   bash tool/demo.sh --full         the same steps with the full-width networks and a handful of iterations
-#   --class_names FILE               with class names of your own in place of VOC's, one a line
+# Runs the numbered steps of the README on any machine. Overwrites the folder demo/; ends with a table and a picture.
+#   bash tool/demo.sh [--seed N]     on drawings, with slim networks that are trained from random weights
+#   bash tool/demo.sh --full         the same steps with the full-width networks, for only a few iterations
+#   --class_names FILE               with your own class names in place of VOC's, one per line
 # For photographs: python tool/label_photos.py --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -47,4 +47,4 @@ score --predict_dir $out/trivial/labels --comment "trivial: the label everywhere
 run tool/report.py table --logfile $out/evallog.txt
 run tool/visualization.py --voc12_root "$root" --list $list --out $out/result.png \
     --cam_dir $made/plain_cam $made/cam --crf_dir $made/crf_4.0 --label_dir $made/walk
-echo "$((SECONDS / 60)) min $((SECONDS % 60)) s; the picture: $out/result.png"
+echo "The demo took $((SECONDS / 60)) min $((SECONDS % 60)) s. Images, CAMs and labels: $out/result.png"

