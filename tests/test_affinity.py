@@ -99,7 +99,7 @@ def test_loss_of_missing_kinds_is_0():
 
 
 def test_loss_of_a_batch_is_the_mean_over_its_parts():
-    """However the pairs are spread: each part divides by its share of the pairs of the batch."""
+    """However the pairs are spread over the parts, since each part divides by its share of the batch."""
     torch.manual_seed(0)
     aff, labels = torch.rand(4, 3, 5), [(torch.rand(4, 3, 5) < 0.4).float() for _ in range(3)]
     labels[0][2:] = 0           # all background pairs are in the first part

@@ -80,7 +80,7 @@ def run(root, *flags):
 
 
 def expect(capsys, root, level, start, *flags):
-    """The check has a line of this level that starts so: for PROBLEM it is the only one, for a note there is none."""
+    """Asserts that the check prints a line of this level that starts with `start`, and no other PROBLEM."""
     assert run(root, *flags) == (level == 'PROBLEM')
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert any(line[0] == level and line[1].startswith(start) for line in lines), lines
@@ -99,7 +99,7 @@ def convert(path, mode, form):
 
 
 def cut_mask(root):
-    """Cuts a mask behind its palette."""
+    """Cuts a mask off after its palette."""
     data = png(root).read_bytes()
     png(root).write_bytes(data[:data.index(b'IDAT') + 6])
 
@@ -124,7 +124,7 @@ def save_grey(path, labels):
 
 
 def save_foreign(root, form, array):
-    """An image of another format and other pixels behind the name of a .jpg."""
+    """Writes an image of another format and mode under the name of a .jpg."""
     Image.fromarray(array).save(jpg(root), format=form)
 
 

@@ -132,7 +132,7 @@ def mask_of(out, name):
 
 
 def tree(folder):
-    """Every path below a folder with the content of the files."""
+    """Returns a dict of every path below a folder -> content of the file."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
 
 
@@ -296,7 +296,7 @@ def test_finished_masks_are_kept_with_resume_alone(coco):
 # ---------------------------------------------------------------- files of other tools
 
 def change(section, key, value, index=0):
-    """A function that sets one value in an instances dict; a value of None takes the key away."""
+    """Returns a function that sets one value in an instances dict; None deletes the key."""
     def apply(data):
         entry = data if section is None else data[section][index]
         entry.update({key: value})

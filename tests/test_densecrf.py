@@ -227,7 +227,7 @@ def test_points_are_filled_up_to_fours_with_zeros_as_in_pydensecrf():
 
 
 def test_iterations_wait_for_no_value():
-    """On a GPU a value that the host reads would stop the queue; tensors without values allow none to be read."""
+    """On a GPU, reading a value would stop the queue. The test uses tensors without values, which cannot be read."""
     crf = DenseCRF(np.zeros((6, 7, 3), np.uint8), Kernels())
     for lattice in crf.lattices:
         vars(lattice).update({name: value.to('meta') for name, value in vars(lattice).items()})

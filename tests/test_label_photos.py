@@ -44,7 +44,7 @@ def start(*flags):
 
 @pytest.fixture
 def commands(photos, monkeypatch):
-    """Runs the command, of whose scripts only make_custom.py is run; returns [script, flags ...] of each."""
+    """Runs the command, but of its scripts only make_custom.py. Returns [script, flags ...] of each script."""
     log = []
 
     def run_child(command, *advice):

@@ -26,7 +26,7 @@ def load_bytes(tmp_path, data):
 
 
 def check_refused(tmp_path, data, *words):
-    """`data` gives a ValueError of one line that names the file, the offset and `words`, and at once."""
+    """Asserts that reading `data` fails at once, with a ValueError of one line that names file, offset and `words`."""
     start = time.perf_counter()
     with pytest.raises(ValueError) as caught:
         load_bytes(tmp_path, data)

@@ -87,7 +87,7 @@ def train(session, *flags):
 # ----- the objective -----
 
 def maps_of(n):
-    """Two views' raw maps of n images, in the order that `seam_loss` takes, and their labels."""
+    """Returns the raw maps of two views of n images, in the order of the arguments of `seam_loss`, and their labels."""
     torch.manual_seed(n)
     maps = [torch.randn(n, 4, 12, 12), torch.rand(n, 4, 12, 12), torch.randn(n, 4, 3, 3), torch.rand(n, 4, 3, 3)]
     return [x.requires_grad_() for x in maps], (torch.rand(n, 3) < .5).float()
@@ -118,7 +118,7 @@ def test_batch_of_negatives_alone_gives_every_map_a_gradient():
 
 
 def test_negatives_leave_no_parameter_without_a_gradient():
-    """What DistributedDataParallel demands of a rank that has negatives alone."""
+    """DistributedDataParallel demands the same gradients from a rank that has only negatives."""
     learned = []
     for label in (torch.ones(2, 3), torch.zeros(2, 3)):
         torch.manual_seed(0)

@@ -65,7 +65,7 @@ def test_drawn_maps_keep_lengths_and_bounds():
 
 
 def test_what_comes_from_outside_does_not_count():
-    """Moved by half the image: whatever stands in the part that is no image changes no loss."""
+    """The second view is moved by half the image. Values in the part outside the image do not change the loss."""
     maps, label = views()
     theta = torch.tensor([[[1., 0, 1], [0, 1, 0]]]).expand(2, 2, 3)
     view = lambda x: train_SEAM.second_view(x, 1, theta=theta)

@@ -18,7 +18,7 @@ NEGATIVES = {'train_SEAM': ('--cls_labels', 'negatives.npy'), 'train_aff': ()}
 
 
 def distance(a, b, start):
-    """How far two results are apart, as a share of the way that training went (Euclidean, all parameters)."""
+    """Distance of two results, as a share of the distance that training moved (Euclidean, all parameters)."""
     def length(first, second):
         return torch.cat([(first[name] - second[name]).double().flatten() for name in first]).norm()
     return (length(a, b) / length(a, start)).item()

@@ -49,7 +49,7 @@ def drawings(tmp_path_factory):
 
 @pytest.fixture
 def copy(drawings, tmp_path, monkeypatch):
-    """A folder with a copy of the code, which imports are made from."""
+    """A folder with a copy of the code, from which our modules are imported."""
     for name in OURS[:3]:
         shutil.copytree(os.path.join(ROOT, name), tmp_path / name, ignore=shutil.ignore_patterns('__pycache__'))
     for name in OURS[3:]:
@@ -104,7 +104,7 @@ def pair_count():
 
 
 def changes(copy, title, measure):
-    """What `measure` returns as the code is, and after the edit."""
+    """Returns the results of `measure` before and after the edit."""
     before = measure()
     apply_recipe(copy, title)
     return before, measure()

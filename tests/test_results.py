@@ -132,7 +132,7 @@ def test_starting_anew_says_so_and_replaces_file_by_file(data, tmp_path):
 
 
 def open_folder(path, scales=1, names='abc', resume=False):
-    """A ResultFolder of these settings, opened for a run over `names`, and the names that are to do."""
+    """Opens a ResultFolder with these settings for a run over `names`. Returns it and the unfinished names."""
     folder = outputs.ResultFolder(str(path), '--out_cam', '.npy', {'scales': scales})
     return folder, outputs.open_folders([folder], list(names), resume)
 
@@ -174,7 +174,7 @@ def test_a_run_anew_with_the_same_settings_forgets_its_images_and_no_others(tmp_
 
 
 def test_file_without_its_line_in_the_journal_is_made_again(tmp_path):
-    """Killed between the two. The other way round, the file is missing or of another size: a copy that was cut."""
+    """The run was killed between writing the file and its line; or the file is missing or was cut in a copy."""
     write(open_folder(tmp_path)[0], 'ab')
     (tmp_path / 'c.npy').write_bytes(b'whole.')
     (tmp_path / 'b.npy').write_bytes(b'who')

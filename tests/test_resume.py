@@ -62,7 +62,7 @@ for line in sys.stdin:
 
 
 def start_training(trainer, session, until, *more):
-    """Training without end; comes back when until() is true."""
+    """Starts a training without end. Returns when until() is true."""
     line = shlex.join(map(str, flags('train_SEAM', session, '--max_epochs', 10000, '--num_workers', 1, *more)))
     print(line, file=trainer.stdin, flush=True)
     while not until():
@@ -71,7 +71,7 @@ def start_training(trainer, session, until, *more):
 
 
 def wait_for_the_end(trainer):
-    """What the training printed, the line with the exit code included."""
+    """Returns what the training printed, with the line of its exit code."""
     lines = ['']
     while not lines[-1].startswith('exit code'):
         lines.append(trainer.stdout.readline())

@@ -110,7 +110,7 @@ def test_stopped_and_resumed_run_ends_with_the_same_bits(data, plain, monkeypatc
 
 
 def distance(a, b, start):
-    """How far a is from b, in units of what training moved."""
+    """Distance of a from b, in units of the distance that training moved."""
     moved = sum((b[name].double() - start[name]).square().sum() for name in b)
     return (sum((a[name].double() - b[name]).square().sum() for name in b) / moved).sqrt().item()
 

@@ -25,7 +25,7 @@ HEADER = fuzz.npy_bytes({})[:128]
 
 @pytest.fixture
 def file(tmp_path):
-    """file(name, bytes) writes them and gives the path."""
+    """A function file(name, bytes) that writes the bytes and returns the path."""
     def write(name, data):
         (tmp_path / name).write_bytes(data)
         return str(tmp_path / name)
@@ -33,7 +33,7 @@ def file(tmp_path):
 
 
 def refused(read, path, *words):
-    """read(path) gives a BadInput of one line with the file name and `words`."""
+    """Asserts that read(path) raises a BadInput of one line with the file name and `words`."""
     with pytest.raises(BadInput) as caught:
         read(path)
     text = str(caught.value)
@@ -363,7 +363,7 @@ def test_truncated_image_is_one_line(file, kind):
 
 
 def png_of_size(width, height):
-    """A PNG whose header says that size, with valid checksums and few pixels."""
+    """Returns a PNG whose header claims that size, with valid checksums and few pixels."""
     def chunk(kind, data):
         return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>2I5B', width, height, 8, 0, 0, 0, 0))
@@ -397,7 +397,7 @@ def test_short_fuzzing():
 
 
 def test_fuzzer_finds_what_pickle_runs(tmp_path):
-    """The reader of the original, np.load, would be found out."""
+    """The fuzzer notices if the reader is np.load, as in the original."""
     script = ("import fuzz, numpy, os, sys\n"
               f"os.chdir({str(tmp_path)!r})\n"
               "sys.addaudithook(fuzz.note_event)\n"

@@ -26,7 +26,7 @@ UNION = sorted(TRAIN + VAL + SBD_ONLY)
 
 
 def mask_of(name, official=False):
-    """uint8 (6, 9) label map, another one for each image; the official one has other classes, and a border."""
+    """Returns a label map, uint8 (6, 9), that differs by image; the official one has other classes and a border."""
     rng = np.random.default_rng(int(name[-6:]) + 1000 * official)
     labels = rng.choice(np.array([0, 1, 7, 20], np.uint8), SIZE)
     labels[0] = 255 if official else labels[0]
@@ -40,7 +40,7 @@ def mat_bytes(struct, compress=True, variable='GTcls'):
 
 
 def sbd_struct(labels):
-    """What GTcls of the release holds: a 20 x 1 cell of sparse boundaries, the mask, the classes in it as a column."""
+    """Returns the fields of GTcls in the release: 20 x 1 sparse boundaries, the mask, a column of its classes."""
     boundaries = np.empty((20, 1), object)
     for c in range(20):
         boundaries[c, 0] = csc_matrix(labels == c + 1)

@@ -77,7 +77,7 @@ def test_forward(net):
 
 @pytest.fixture(scope='module')
 def steps():
-    """Four steps on one batch, as the published training makes of max_itr 3; what came of each."""
+    """Trains four steps on one batch, as the published training does with max_itr 3. Returns the results of each."""
     g = golden('g13_deeplab_step')
     net = Net()
     groups = net.get_parameter_groups()
@@ -107,7 +107,7 @@ def steps():
 
 
 def limit(name, head, b7, early):
-    """The limit of the layer that a parameter is of: early layers pass rounding on through batch norm."""
+    """Returns the limit for the layer of a parameter: batch norm amplifies the rounding of early layers."""
     return early if name.startswith(('backbone.conv1a', 'backbone.b3', 'backbone.b5')) else \
         b7 if name.startswith('backbone.') else head
 
@@ -184,7 +184,8 @@ def test_loss_of_ignored_pixels_alone_is_0_and_moves_nothing():
 # ----- training data -----
 
 def same_pixels(img, expected):
-    """uint8: equal, but for one grey level in one of 10,000 values: OpenCV rounds otherwise on another processor."""
+    """Asserts that uint8 arrays agree, except for one grey level in one of 10,000 values, which OpenCV rounds
+    differently on another processor."""
     differ = np.abs(img.astype(int) - expected)
     assert differ.max() <= 1 and differ.mean() <= 1e-4
 

@@ -219,7 +219,7 @@ def test_ranks_share_the_images(tmp_path, monkeypatch):
 
 @pytest.fixture
 def validate(tmp_path, monkeypatch):
-    """A function that validates a network (its weight is the step) that has these values of a measure, in turn."""
+    """Returns a function that validates a network (its weight is the step) with these values of a measure, in turn."""
     def validate(values, name='mAP', names=('a',), best=None, keep_best=True):
         net = torch.nn.Linear(1, 1)
         images = types.SimpleNamespace(names=list(names), errors=types.SimpleNamespace(pop=lambda: []))

@@ -77,7 +77,7 @@ def saved(tmp_path, weights):
 
 
 def tiny_net(num_classes=20):
-    """Has what `load_weights` needs of a network."""
+    """The parts of a network that `load_weights` needs."""
     fc8, f9 = torch.nn.Conv2d(4, 1 + num_classes, 1, bias=False), torch.nn.Conv2d(4, 4, 1, bias=False)
     return network({'bn7': torch.nn.BatchNorm2d(4), 'fc8': fc8, 'f9': f9}, ('fc8.weight',), ('fc8.weight', 'f9.weight'))
 
@@ -90,7 +90,7 @@ def network(layers, classifier=(), new_heads=()):
 
 
 def refused(path, *words, net=None):
-    """load_weights gives a BadInput of one line with the file name and `words`."""
+    """Asserts that load_weights raises a BadInput of one line with the file name and `words`."""
     with pytest.raises(BadInput) as caught:
         load_weights(net or tiny_net(), str(path))
     text = str(caught.value)
