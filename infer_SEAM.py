@@ -270,7 +270,7 @@ def main(args):
             class_names=class_names)
         net = import_network(args.network, 'SEAM', args.backbone)(
             num_classes=len(class_names), pcm=args.pcm == 'on' and args.map == 'cam_rv')
-        load_trained(net, args.weights, device)
+        load_trained(net, args.weights, device, args.amp)
 
     # ----- outputs: None or [] for what is not asked for -----
     if args.cam_dir:

@@ -206,7 +206,7 @@ def main(args):
         score_files.check_scores(args.cam_dir, names, '--cam_dir')
         for crf_dir in args.ignore_crf or ():
             score_files.check_scores(crf_dir, names, '--ignore_crf')
-    net = load_trained(import_network(args.network, 'affinity', args.backbone)(), args.weights, device)
+    net = load_trained(import_network(args.network, 'affinity', args.backbone)(), args.weights, device, args.amp)
 
     # ----- outputs -----
     settings = {key: getattr(args, key) for key in ('network', 'backbone', 'alpha', 'beta', 'logt', 'amp')}

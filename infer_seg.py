@@ -164,7 +164,7 @@ def main(args):
     # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, args.voc12_root, transform=normalize, images=args.images)
     net = import_network(args.network, 'segmentation', args.backbone)(num_classes=len(class_names))
-    load_trained(net, args.weights, device)
+    load_trained(net, args.weights, device, args.amp)
 
     # ----- outputs -----
     settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'amp', 'tile')}

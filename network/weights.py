@@ -149,15 +149,20 @@ def load_weights(net, path, new_heads=(), reset=()):
     print(f'weights: {len(weights)} tensors from {path}{fresh}')
 
 
-def load_trained(net, path, device):
-    """Prepares a trained network for inference: loads its weights, and puts it on its device in evaluation mode.
-    Returns net."""
-    load_weights(net, path)
-    # channels_last: on a CPU a fifth faster, but slower if convolutions have groups; on a GPU in float32 several times
-    # slower
+def choose_memory_format(net, device, amp='off', training=False):
+    """torch.channels_last where convolutions are faster with it: inference on a CPU (by a fifth), and a GPU with
+    `--amp` (tests/results/gpu.csv). It is slower in training on a CPU and where convolutions have groups, and several
+    times slower on a GPU in float32."""
     grouped = any(module.groups > 1 for module in net.modules() if isinstance(module, torch.nn.Conv2d))
-    layout = torch.channels_last if device.type == 'cpu' and not grouped else torch.contiguous_format
-    return net.eval().to(device, memory_format=layout)
+    faster = amp != 'off' if device.type == 'cuda' else not training
+    return torch.channels_last if faster and not grouped else torch.contiguous_format
+
+
+def load_trained(net, path, device, amp='off'):
+    """Prepares a trained network for inference: loads its weights, and puts it on its device in evaluation mode.
+    amp: as of `choose_memory_format`. Returns net."""
+    load_weights(net, path)
+    return net.eval().to(device, memory_format=choose_memory_format(net, device, amp))
 
 
 def _short(names, most=4):

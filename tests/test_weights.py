@@ -9,7 +9,7 @@ import torch
 
 from conftest import GOLDEN
 from network import resnet38_aff, resnet38_SEAM, resnet38d, slim_aff, slim_SEAM
-from network.weights import load_weights
+from network.weights import choose_memory_format, load_weights
 from params_writer import write_v0
 from tool.cli import BadInput
 
@@ -302,3 +302,14 @@ def test_a_classifier_without_background_is_told_and_can_be_reset(tmp_path):
 def test_a_classifier_of_other_classes_counts_outputs(tmp_path):
     path = saved(tmp_path, tiny_net(num_classes=5).state_dict())
     refused(path, 'fc8.weight', '6 outputs', '20 classes', '--class_names', '--reset_head')
+
+
+@pytest.mark.parametrize('device, amp, training, last', [
+    ('cpu', 'off', False, True), ('cpu', 'bf16', False, True), ('cpu', 'off', True, False), ('cpu', 'bf16', True, False),
+    ('cuda', 'off', False, False), ('cuda', 'bf16', False, True), ('cuda', 'off', True, False),
+    ('cuda', 'fp16', True, True)])
+def test_memory_format_is_the_one_that_was_measured_to_be_faster(device, amp, training, last):
+    plain, grouped = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=2)
+    for net, expected in ((plain, last), (grouped, False)):
+        chosen = choose_memory_format(net, torch.device(device), amp, training)
+        assert (chosen == torch.channels_last) == expected
