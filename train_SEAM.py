@@ -1,7 +1,6 @@
 """Step 1: trains ResNet38 with SEAM on image-level labels. See the README."""
 import argparse
 import functools
-import math
 import os
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from network.classifier import check_mean_pooling, fit_classifier
 from network.seam import class_scores, pseudo_label
-from network.weights import load_weights
+from network.weights import choose_memory_format, load_weights
 from tool import imutils, visualization
 from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
@@ -22,9 +22,10 @@ from tool.torchutils import (PolyOptimizer, SeededDataset, StepBatches, calibrat
 from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_training_args, digest_inputs, open_log,
                            outlive_sigterm, report_progress, save_weights, set_up, training_steps)
 from tool.validation import HeldOut, Validation, check_validation_args, measure_cams
+from tool.views import draw_view, second_view
 from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
-from voc12.lists import GT_FOLDER, absent_classes, common_classes, describe_negatives, join_first, load_class_names
+from voc12.lists import GT_FOLDER, check_training_labels, load_class_names
 
 # ----- the objective -----
 
@@ -38,47 +39,22 @@ def max_norm(cam):
 
 
 def classification_loss(cam, label):
-    """Multi-label soft margin of the foreground scores (`class_scores`). cam: raw (N, 1+C, H, W); label: (N, C)."""
+    """Multi-label soft margin loss of the foreground `class_scores`. cam: raw (N, 1+C, H, W); label: (N, C)."""
     return F.multilabel_soft_margin_loss(class_scores(cam[:, 1:]), label)
 
 
 def adaptive_min_pooling_loss(cam, weight):
-    """Mean over the weakest quarter of the pixels of their strongest class (N, C, H, W): an image has background.
-    weight: (N,) of the images, 1 on average."""
+    """Takes the strongest class at each pixel of (N, C, H, W) and averages the weakest quarter of the pixels: every
+    image has some background. weight: (N,), a weight for each image, 1 on average."""
     n, _, h, w = cam.shape
     k = h * w // 4
     strongest = cam.amax(dim=1).flatten(1)                                   # (N, HW)
     return (F.relu(strongest.topk(k, dim=1, largest=False).values) * weight[:, None]).sum() / (k * n)
 
 
-def second_view(x, scale_factor=0.3, mirror=False, theta=None):
-    """The second view of images or of maps (N, K, H, W), alike: rotated and moved, mirrored, rescaled.
-
-    theta: (N, 2, 3) affine maps in grid coordinates, or None. What they bring in from outside is 0.
-    Returns (N, K, floor(scale_factor H), floor(scale_factor W)).
-    """
-    if theta is not None:
-        x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=True), align_corners=True)
-    if mirror:
-        x = x.flip(-1)
-    if scale_factor != 1:
-        x = F.interpolate(x, scale_factor=scale_factor, mode='bilinear', align_corners=True)
-    return x
-
-
-def draw_theta(n, h, w, max_rotation, max_translation):
-    """Random rotations around the centre (uniform within +-max_rotation degrees) and shifts (uniform within
-    +-max_translation pixels, per axis) of n images of h x w: (N, 2, 3) for `second_view`."""
-    angle = (2 * torch.rand(n) - 1) * math.radians(max_rotation)
-    shift = (2 * torch.rand(n, 2) - 1) * max_translation * 2 / torch.tensor([w - 1, h - 1])     # grid: -1..1
-    cos, sin, aspect = angle.cos(), angle.sin(), (h - 1) / (w - 1)
-    return torch.stack([torch.stack([cos, -sin * aspect, shift[:, 0]], dim=1),
-                        torch.stack([sin / aspect, cos, shift[:, 1]], dim=1)], dim=1)
-
-
 def hard_example_mean(difference, topk_ratio, inside=None, weight=1):
-    """Mean of the largest share `topk_ratio` of the values of each image of (N, K, h, w), then over the images.
-    inside: bool (N, 1, h, w), the pixels that count; None for all. weight: (N,) of the images, 1 on average."""
+    """Averages the largest share `topk_ratio` of the values of each image of (N, K, h, w), then over the images.
+    inside: bool (N, 1, h, w), the pixels that count; None means all. weight: (N,), 1 on average."""
     if inside is None:
         values = difference.flatten(1)                                      # (N, Khw)
     else:
@@ -89,7 +65,7 @@ def hard_example_mean(difference, topk_ratio, inside=None, weight=1):
 
 
 def count_positives(label):
-    """How many images have a class, float32 (): the others are negatives. label: (N, C) multi-hot."""
+    """Returns how many images show a class, float32 (); the others are negatives. label: (N, C) multi-hot."""
     return label.amax(dim=1).sum()
 
 
@@ -99,18 +75,18 @@ def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None
 
     cam1, cam_rv1: raw network outputs (N, 1+C, H, W) of the images. cam2, cam_rv2: of the second view of the images,
     (N, 1+C, h, w). label: (N, C) multi-hot. view: the function that made the second view, `second_view` with its
-    arguments bound. inside: bool (N, 1, h, w), the pixels of it that ER and ECR count; None for all.
-    Images without a class count in the classification loss alone: the other terms are means over those that have one.
-    positives: where these are one of n parts of a batch, `count_positives` of the batch / n: the mean over the parts
-    is then the loss of the batch, whichever part the negatives are in.
+    arguments bound. inside: bool (N, 1, h, w), the pixels that count for ER and ECR; None means all.
+    Images without a class (negatives) count only for the classification loss; the other terms are means over the rest.
+    positives: if the images are one of n parts of a batch, pass `count_positives` of the whole batch / n. The mean of
+    the parts' losses is then the loss of the batch, whichever parts the negatives are in.
     Returns a dict of scalars: loss_cls1, loss_cls2, loss_rvmin1, loss_rvmin2, loss_er, loss_ecr1, loss_ecr2,
-    and loss_cls (both means of pairs summed), loss_ecr (sum), loss (sum of loss_cls, loss_er, loss_ecr). The
-    weights act in the sums: a weight of 0 takes a term out, and the term itself stays readable.
+    and loss_cls (both means of pairs summed), loss_ecr (sum), loss (weighted sum of loss_cls, loss_er, loss_ecr). The
+    terms themselves are not weighted, so a term whose weight is 0 can still be read.
     """
     positives = count_positives(label) if positives is None else positives
-    weight = label.amax(dim=1) * len(label) / positives.clamp(min=1e-5)     # (N,), of the images; 1 without negatives
+    weight = label.amax(dim=1) * len(label) / positives.clamp(min=1e-5)     # (N,); all 1 without negatives
     label21 = F.pad(label, (1, 0), value=1.)[:, :, None, None]              # (N, 1+C, 1, 1), background present
-    # the maps that are compared, (N, 1+C, h, w): normalised, in the second view, absent classes 0
+    # the maps that ER and ECR compare, (N, 1+C, h, w): normalised, in the second view, absent classes set to 0
     norm1, norm_rv1 = view(max_norm(cam1)) * label21, view(max_norm(cam_rv1)) * label21
     norm2, norm_rv2 = max_norm(cam2) * label21, max_norm(cam_rv2) * label21
     terms = {
@@ -131,59 +107,10 @@ def seam_loss(cam1, cam_rv1, cam2, cam_rv2, label, view=second_view, inside=None
     return terms
 
 
-@torch.no_grad()
-def check_mean_pooling(net):
-    """Raises BadInput where the scores of the network's maps are not its fc8 times the mean features, as
-    `fit_classifier` assumes. Leaves the network in evaluation mode."""
-    features = torch.linspace(0, 1, 9).view(3, 3).expand(1, net.channels['conv6'], 3, 3)
-    expected = features.mean(dim=(2, 3)) @ net.fc8.weight.flatten(1).T
-    if not torch.allclose(class_scores(net.eval().classify(features)), expected, rtol=1e-3, atol=1e-4):
-        raise BadInput('--fit_classifier fits fc8 to mean features, but class_scores or classify in network/seam.py '
-                       'computes the scores in another way: leave the flag out')
-
-
-@torch.no_grad()
-def fit_classifier(net, batches, decay=1e-2):
-    """Starts the classifier as a logistic regression on the mean features of images, the network as it is: a random one
-    on a pretrained backbone needs hundreds of steps for that, and harms the backbone meanwhile.
-
-    batches: (images (N, 3, H, W), labels (N, C)) on the network's device. decay: of the squared weights.
-    """
-    net.eval()
-    pairs = [(net.forward_as_dict(img)['conv6'].mean(dim=(2, 3)), label) for img, label in batches]
-    features, labels = (torch.cat(parts) for parts in zip(*pairs))                    # (images, D), (images, C)
-    weight = features.new_zeros(labels.shape[1], features.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, line_search_fn='strong_wolfe')
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.multilabel_soft_margin_loss(features @ weight.T, labels) + decay * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    net.fc8.weight[1:] = weight.detach()[:, :, None, None]
-
-
-def draw_view(img, transform=('rescale',), scale_factor=0.3, max_rotation=20., max_translation=15.):
-    """What makes the second view of images (N, 3, H, W) in this step: (view, inside), as `seam_loss` takes them.
-    transform: the choices of `--transform`; each of the others acts with its own choice alone."""
-    theta = inside = None
-    if {'rotation', 'translation'} & set(transform):
-        theta = draw_theta(len(img), *img.shape[2:], max_rotation if 'rotation' in transform else 0,
-                           max_translation if 'translation' in transform else 0).to(img.device)
-    view = functools.partial(second_view, scale_factor=scale_factor if 'rescale' in transform else 1,
-                             mirror='flip' in transform, theta=theta)
-    if theta is not None:
-        inside = view(torch.ones_like(img[:, :1])) > 0.999
-    return view, inside
-
-
 def forward_losses(model, img, label, draw=draw_view, objective=seam_loss, amp='off', positives=None):
-    """One or two views of images (N, 3, H, W) through the network. Returns (terms, cam (N, 1+C, H, W), cam_rv).
-    draw, objective: `draw_view` and `seam_loss`, their settings bound. draw=None: one view, classification alone.
-    positives: see `seam_loss`."""
+    """Runs the network on one or two views of images (N, 3, H, W). Returns (terms, cam (N, 1+C, H, W), cam_rv).
+    draw, objective: `draw_view` and `seam_loss` with their settings bound. With draw=None there is one view and only
+    the classification loss. positives: see `seam_loss`."""
     def forward(img):
         with autocast(img.device, amp):
             return [cam.float() for cam in model(img)]
@@ -197,8 +124,9 @@ def forward_losses(model, img, label, draw=draw_view, objective=seam_loss, amp='
 
 
 def scores_and_maps(net, img):
-    """What a validation looks at, of an image (1, 3, H, W): class scores (1, C), and a list of its CAMs (1, C, H, W) in
-    [0, 1), plain and, with PCM, refined. Where they are above 0 they equal those of infer_SEAM.py at scale 1."""
+    """Returns what the validation measures for an image (1, 3, H, W): class scores (1, C), and a list of CAMs
+    (1, C, H, W) in [0, 1): the plain ones and, with PCM, the refined ones. Values above 0 are those of infer_SEAM.py
+    at scale 1."""
     maps = [cam[:, 1:].float() for cam in net(img)][:1 + net.pcm]
     return class_scores(maps[0]), [max_norm(cam) for cam in maps]
 
@@ -303,24 +231,25 @@ def check_args(args):
     if args.resize_long[0] > args.resize_long[1]:
         raise BadInput(f'--resize_long {args.resize_long}: the smaller value comes first')
     if args.train_bn and (args.accum > 1 or args.checkpointing or get_rank()[1] > 1):
-        raise BadInput('--train_bn needs whole batches: no --accum, no --checkpointing, no ranks')
+        raise BadInput('--train_bn needs whole batches: leave out --accum, --checkpointing and torchrun')
     if args.crop_size * args.scale_factor < 8:
-        raise BadInput(f'--scale_factor {args.scale_factor} of --crop_size {args.crop_size} is less than 8 pixels')
+        raise BadInput(f'--scale_factor {args.scale_factor} makes fewer than 8 pixels of --crop_size {args.crop_size}')
     if args.deterministic and {'rotation', 'translation'} & set(args.transform):
-        raise BadInput(f'--deterministic cannot be with --transform {" ".join(args.transform)}: the gradient of '
-                       'rotated and moved maps adds up in any order on a GPU')
+        raise BadInput(f'--deterministic is not possible with --transform {" ".join(args.transform)}: on a GPU the '
+                       'gradient of rotated and moved maps is summed in a varying order')
 
 
 def warn_of_poor_training(log, means, chance):
-    """Logs what the means of the last steps say is going wrong. chance: the mAP of guessing, percent; None, as the mAP,
-    where all images of these steps were negatives."""
+    """Warns, once each, when the classifier is poor or ER has collapsed. means: of the last steps. chance: the mAP of
+    guessing in percent; it and the mAP are None if all images of these steps were negatives."""
     if chance is not None and means['mAP'] < chance + (100 - chance) / 4:
         log.warn_once('mAP', f'the mean average precision on the training crops is {means["mAP"]:.1f} (chance: '
-                             f'{chance:.1f}): the classifier knows too little for its CAMs to mean anything; more '
-                             'steps help, pretrained --weights, and fitting the classifier first (--fit_classifier)')
+                             f'{chance:.1f}), too low for useful CAMs. Train for more steps, start from '
+                             'pretrained --weights, or fit the classifier first (--fit_classifier)')
     if means.get('loss_er', 1) < 5e-4 and means['loss_ecr'] > .1:
         log.warn_once('ER', f'ER has collapsed to {means["loss_er"]:.6f} while ECR stays at {means["loss_ecr"]:.3f}: '
-                            'the CAMs are flat, as happens without pretrained --weights; train the classifier first')
+                            'the CAMs are flat. Start from pretrained --weights, or train the classifier first '
+                            '(--classifier_only)')
 
 
 def main(args):
@@ -342,15 +271,14 @@ def main(args):
                                   torch.from_numpy]))
     check_batch_size(len(dataset), args.batch_size, args.train_list)
     max_step = len(dataset) // args.batch_size * args.max_epoches
-    absent, common = (find(dataset.labels, class_names) for find in (absent_classes, common_classes))
-    if len(absent) == len(class_names):
-        raise BadInput(f'no image of {args.train_list} (--train_list) shows any of the {len(class_names)} classes, by '
-                       f'the labels of {args.cls_labels} (--cls_labels)')
-    held_out = None
+    label_lines = check_training_labels(dataset.labels, class_names, args.train_list, args.cls_labels, args.class_names)
+    validation = None
     if args.val_every:
         whole_images = transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW])
         held_out = HeldOut(VOC12ClsDataset(args.val_list, args.voc12_root, whole_images, args.cls_labels, class_names),
                            os.path.join(args.voc12_root, GT_FOLDER), class_names, args.num_workers, device, args.amp)
+        validation = Validation(args.val_every, functools.partial(measure_cams, scores_and_maps), held_out,
+                                args.keep_best)
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'SEAM', args.backbone)(
@@ -369,7 +297,7 @@ def main(args):
     if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads, reset=net.classifier if args.reset_head else ())
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
-    net.to(device)
+    net.to(device, memory_format=choose_memory_format(net, device, args.amp, training=True))
     inputs = digest_inputs(train_list=dataset.img_name_list, cls_labels=dataset.labels, class_names=class_names)
     checkpoint = Checkpoint(args.session_name, net, optimizer, scaler, vars(args), inputs, args.save_every)
     if args.resume:
@@ -377,23 +305,15 @@ def main(args):
 
     batches = StepBatches(len(dataset), args.batch_size, optimizer.global_step, max_step, args.seed)
     log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
-        *describe_run(vars(args), device),
-        f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'], args.keep_best)
-    if absent and args.class_names:
-        log(f'warning: {len(absent)} of the {len(class_names)} classes of {args.class_names} (--class_names) cannot be '
-            f'learned, for no image of {args.train_list} (--train_list) has them: {join_first(absent, 20)}')
-    if common:
-        log(f'warning: every image of {args.train_list} (--train_list) shows {join_first(common, 20)}, so there is '
-            'nothing to tell it from: add images without it; a label of zeros means none of the classes')
-    if any(not label.any() for label in dataset.labels.values()):
-        log(describe_negatives(dataset.labels, class_names))
+        *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}',
+        *label_lines], args.keep_best)
     make_loader = functools.partial(
         DataLoader, SeededDataset(dataset, args.seed), collate_fn=collate, num_workers=args.num_workers,
         pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     loader = make_loader(batch_sampler=batches)
     if from_scratch:
-        log('no --weights: starts from random weights; its CAMs will be of little use unless it is pretrained '
-            '(--classifier_only --train_bn --dropout 0). Calibrating batch norm ...')
+        log('no --weights: training starts from random weights, and its CAMs will be of little use. Pretrain a '
+            'network with --classifier_only --train_bn --dropout 0. Calibrating batch norm ...')
         first = StepBatches(len(dataset), args.batch_size, 0, min(10, max_step), args.seed, share=False)
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in read_batches(make_loader(batch_sampler=first))))
     if args.fit_classifier and not args.resume:
@@ -410,10 +330,8 @@ def main(args):
         max_translation=args.max_translation)
     objective = functools.partial(seam_loss, topk_ratio=args.topk_ratio, er_weight=args.er_weight,
                                   ecr_weight=args.ecr_weight, rvmin_weight=args.rvmin_weight)
-    validation = Validation(args.val_every, functools.partial(measure_cams, scores_and_maps), held_out, batches,
-                            checkpoint, log, writer, args.keep_best) if held_out else None
 
-    for step, names, img, label in training_steps(loader, meter, log, checkpoint, validation):
+    for step, names, img, label in training_steps(loader, meter, log, checkpoint, validation, writer):
         positives = sum_over_ranks(count_positives(label)) / (args.accum * ranks)
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):
@@ -433,7 +351,7 @@ def main(args):
                 visualization.write_cams(writer, step, terms, img_part[0], label_part[0], cam[0], cam_rv[0])
 
     save_weights(net, args.session_name + '.pth')
-    if args.classifier_only:      # what all training scripts take as --weights, in place of ImageNet's
+    if args.classifier_only:      # weights that all training scripts can start from, instead of ImageNet's
         save_weights(net, args.session_name + '_backbone.pth', leave_out=net.new_heads)
     log(f'wrote {args.session_name}.pth')
 

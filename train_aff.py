@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import ColorJitter
 
-from network.weights import load_weights
+from network.weights import choose_memory_format, load_weights
 from tool import imutils
 from tool.affinity_pairs import STRIDE
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
@@ -141,7 +141,7 @@ def main(args):
     if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads)
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
-    net.to(device)
+    net.to(device, memory_format=choose_memory_format(net, device, args.amp, training=True))
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            la_crf_dir=describe_folder(args.la_crf_dir, 'la_crf_dir'),
                            ha_crf_dir=describe_folder(args.ha_crf_dir, 'ha_crf_dir'))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from network.weights import load_weights
+from network.weights import choose_memory_format, load_weights
 from tool import imutils, visualization
 from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
@@ -145,14 +145,12 @@ def main(args):
         transforms=[imutils.JitterHSV(*args.hsv), imutils.mirror_at_random, imutils.RandomScale(*args.scale_range),
                     imutils.normalize_image, imutils.RandomCropBoth(args.crop_size)])
     check_batch_size(len(dataset), args.batch_size, args.train_list)
-    held_out = None
+    validation = None
     if args.val_every:
-        truth_dir = os.path.join(args.voc12_root, GT_FOLDER)
-        held_out = HeldOut(VOC12ImageDataset(args.val_list, args.voc12_root, normalize_whole_image), truth_dir,
-                           class_names, args.num_workers, device, args.amp)
-        if not held_out.count_truth():
-            raise BadInput(f'--val_every needs ground truth: no image of {args.val_list} (--val_list) has a mask in '
-                           f'{truth_dir} (--voc12_root)')
+        held_out = HeldOut(VOC12ImageDataset(args.val_list, args.voc12_root, normalize_whole_image),
+                           os.path.join(args.voc12_root, GT_FOLDER), class_names, args.num_workers, device, args.amp)
+        held_out.check_truth(args.val_list)
+        validation = Validation(args.val_every, measure_labels, held_out, args.keep_best)
 
     # ----- network and optimizer -----
     net = import_network(args.network, 'segmentation', args.backbone)(
@@ -174,7 +172,7 @@ def main(args):
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
     if from_scratch and args.freeze_bn:
         raise BadInput('--freeze_bn needs --weights: random ones have no statistics to keep')
-    net.to(device)
+    net.to(device, memory_format=choose_memory_format(net, device, args.amp, training=True))
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            label_dir=describe_folder(args.label_dir, 'label_dir'))
     checkpoint = Checkpoint(args.session_name, net, optimizer, scaler, vars(args), inputs, args.save_every)
@@ -199,13 +197,12 @@ def main(args):
     model = parallel(net.train(), device)
 
     # ----- training -----
-    meter, timer, validation = AverageMeter(), Timer(optimizer.global_step), None
-    if held_out:
-        writer = visualization.open_writer(args.tblog_dir, args.session_name, batches.start, log) if rank == 0 else None
-        validation = Validation(args.val_every, measure_labels, held_out, batches, checkpoint, log, writer,
-                                args.keep_best)
+    writer = None
+    if validation and rank == 0:
+        writer = visualization.open_writer(args.tblog_dir, args.session_name, batches.start, log)
+    meter, timer = AverageMeter(), Timer(optimizer.global_step)
 
-    for step, names, img, label in training_steps(loader, meter, log, checkpoint, validation):
+    for step, names, img, label in training_steps(loader, meter, log, checkpoint, validation, writer):
         count = sum_over_ranks(count_pixels(label)) / (args.accum * ranks)
         optimizer.zero_grad()
         for img_part, label_part in zip(img.chunk(args.accum), label.chunk(args.accum)):

@@ -10,7 +10,7 @@ import infer_SEAM
 import train_aff
 import train_SEAM
 from network import resnet38_aff, resnet38_SEAM, seam, slim_aff, slim_SEAM
-from tool import devices
+from tool import devices, views
 from tool.affinity_pairs import fit_radius
 
 fake_tensor = pytest.importorskip('torch._subclasses.fake_tensor')
@@ -63,7 +63,7 @@ def test_networks_at_full_width(make):
 
 
 def test_rotated_and_moved_view():
-    theta = train_SEAM.draw_theta(2, 96, 80, 20., 15.).to('cuda')
+    theta = views.draw_theta(2, 96, 80, 20., 15.).to('cuda')
     check(train_SEAM.second_view(images(), theta=theta))
 
 

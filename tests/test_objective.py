@@ -4,6 +4,7 @@ import torch
 
 import train_SEAM
 from helpers import done, refused, run
+from tool.views import draw_theta
 from training_runs import ONE_STEP, data, flags, one_step, same, weights
 
 
@@ -54,7 +55,7 @@ def test_rotation_by_90_degrees_turns_the_map():
 
 
 def test_drawn_maps_keep_lengths_and_bounds():
-    theta = train_SEAM.draw_theta(500, 40, 60, max_rotation=20, max_translation=15)
+    theta = draw_theta(500, 40, 60, max_rotation=20, max_translation=15)
     shift = theta[:, :, 2] * torch.tensor([59., 39]) / 2                    # pixels
     assert 14 < shift.abs().max() <= 15
     x, y = theta[:, :, 0] * torch.tensor([59., 39]) / 59, theta[:, :, 1] * torch.tensor([59., 39]) / 39

@@ -225,14 +225,13 @@ def validate(tmp_path, monkeypatch):
         images = types.SimpleNamespace(names=list(names), errors=types.SimpleNamespace(pop=lambda: []))
         checkpoint = types.SimpleNamespace(net=net, session_name=str(tmp_path / 'x'), best=best)
         values = iter(values)
-        run = validation.Validation(1, lambda *_: ({name: next(values)}, {}, name), images,
-                                    types.SimpleNamespace(epoch_steps=1, max_step=9), checkpoint,
-                                    type('Log', (), {'__call__': lambda *_: None, 'record': lambda *_: None})(), None,
-                                    keep_best)
+        run = validation.Validation(1, lambda *_: ({name: next(values)}, {}, name), images, keep_best)
+        batches = types.SimpleNamespace(epoch_steps=1, max_step=9)
+        log = type('Log', (), {'__call__': lambda *_: None, 'record': lambda *_: None})()
         for step in range(1, 10):
             torch.nn.init.constant_(net.weight, step)
             try:
-                run.run(step)
+                run.run(step, batches, checkpoint, log, None)
             except StopIteration:
                 break
         return checkpoint.best

@@ -82,17 +82,17 @@ def open_log(session_name, step, lines, keep_best=False):
 
 # ----- the steps -----
 
-def training_steps(loader, meter, log, checkpoint, validation=None):
+def training_steps(loader, meter, log, checkpoint, validation=None, writer=None):
     """Yields (step, names, the other parts of the batch on the network's device) from the checkpoint's step on, each
     with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
 
     loader: of StepBatches. After every epoch and every `save_every` steps, the first rank saves the checkpoint. So too
     when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an unreadable image, which
     the user may repair or take out of the list, see `Checkpoint.resume`. validation: a Validation of
-    tool/validation.py, which comes after the checkpoint of an epoch, or None.
+    tool/validation.py, which comes after the checkpoint of an epoch, or None. writer: TensorBoard's, for its numbers.
     """
     rank, _ = get_rank()
-    seed, epoch_steps, optimizer = loader.batch_sampler.seed, loader.batch_sampler.epoch_steps, checkpoint.optimizer
+    batches, optimizer = loader.batch_sampler, checkpoint.optimizer
     device = optimizer.param_groups[0]['params'][0].device
     stopped = 0
     try:
@@ -101,21 +101,21 @@ def training_steps(loader, meter, log, checkpoint, validation=None):
                                         disable=rank > 0 or None):
                 step = optimizer.global_step
                 if validation:
-                    validation.run(step)        # before the step's random numbers begin
-                set_seed(seed, step, rank)
-                seed_gpus(seed, step, rank)
+                    validation.run(step, batches, checkpoint, log, writer)     # before the step's random numbers begin
+                set_seed(batches.seed, step, rank)
+                seed_gpus(batches.seed, step, rank)
                 yield step, names, *_move(tensors, device)
                 optimizer.global_step = step + 1        # also where fp16 overflowed and the update was skipped
                 stopped = stop.exit_code(device)
-                done = step + 1 == loader.batch_sampler.max_step
-                if stopped or done or (step + 1) % epoch_steps == 0 or (step + 1) % checkpoint.save_every == 0:
+                done = step + 1 == batches.max_step
+                if stopped or done or (step + 1) % batches.epoch_steps == 0 or (step + 1) % checkpoint.save_every == 0:
                     meter.check()       # a ruined network does not replace a good one
                     if rank == 0:
                         checkpoint.save()
                 if stopped:
                     break
             if validation and not stopped:
-                validation.run(optimizer.global_step)
+                validation.run(optimizer.global_step, batches, checkpoint, log, writer)
     except BadInput:            # on any rank: all have the same weights
         meter.check()
         checkpoint.save()

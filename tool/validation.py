@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -47,8 +48,11 @@ class HeldOut:
     def truth_path(self, name):
         return os.path.join(self.truth_dir, name + '.png')
 
-    def count_truth(self):
-        return sum(os.path.isfile(self.truth_path(name)) for name in self.names)
+    def check_truth(self, val_list):
+        """Raises BadInput where no image of the list, which is in the file `val_list`, has ground truth."""
+        if not any(os.path.isfile(self.truth_path(name)) for name in self.names):
+            raise BadInput(f'--val_every needs ground truth, but no image of {val_list} (--val_list) has a mask in '
+                           f'{self.truth_dir} (--voc12_root)')
 
     def read_truth(self, name, size):
         """uint8 (H, W) ground truth of an image of that size, or None where there is none. Raises BadInput."""
@@ -143,52 +147,50 @@ def measure_labels(net, held_out):
     return means, {f'IoU_{name}': value.item() for name, value, is_there in ious if is_there}, 'mIoU'
 
 
+@dataclasses.dataclass
 class Validation:
-    """What is measured after every `every` epochs, and at the end; on every rank. The training does not depend on it.
+    """What is measured after every `every` epochs and at the end, on every rank. The training does not depend on it.
 
-    measure: a function of (net, held_out), see `measure_cams`. batches: StepBatches. checkpoint: of the training, which
-    keeps the best value. log, writer: Logger, and TensorBoard's writer or None. keep_best: save the best weights as
-    <session_name>_best.pth.
+    measure: a function of (net, held_out), see `measure_cams`. keep_best: save the best weights as
+    <session_name>_best.pth; the checkpoint keeps the best value.
     """
+    every: int
+    measure: Callable
+    held_out: HeldOut
+    keep_best: bool
 
-    def __init__(self, every, measure, held_out, batches, checkpoint, log, writer, keep_best):
-        self.every, self.measure, self.held_out, self.batches = every, measure, held_out, batches
-        self.checkpoint, self.log, self.writer, self.keep_best = checkpoint, log, writer, keep_best
-
-    def run(self, step):
-        """Validates after `step` updates of the network, if it is time to. Raises BadInput where no image can be
-        measured. What the network is then has to be in the checkpoint already: a run that ends here is resumed here."""
-        if step == 0 or step % (self.every * self.batches.epoch_steps) and step < self.batches.max_step:
+    def run(self, step, batches, checkpoint, log, writer):
+        """Validates after `step` updates of the network, if it is time to. What the network is then has to be in the
+        checkpoint already: a run that ends here is resumed here. batches: StepBatches; log: Logger; writer:
+        TensorBoard's, or None. Raises BadInput where no image can be measured."""
+        if step == 0 or step % (self.every * batches.epoch_steps) and step < batches.max_step:
             return
-        net = copy.deepcopy(self.checkpoint.net).eval()         # the one that trains stays as it is
-        copy_buffers_of_first_rank(net)                         # its running statistics are those that are saved
+        net = copy.deepcopy(checkpoint.net).eval()          # the one that trains stays as it is
+        copy_buffers_of_first_rank(net)                     # its running statistics are those that are saved
         means, per_class, best = self.measure(net, self.held_out)
         lines = self.held_out.errors.pop()
         if best not in means:
             raise BadInput('no image of --val_list could be measured; the first: '
                            f'{[*lines, "it has no class and no ground truth"][0]}')
         for line in lines:
-            self.log.warn_once(line, f'left out of the validation (--val_list): {line}')
-        self._report(step, means, per_class)
-        self._keep(net, step, best, means[best])
-
-    def _report(self, step, means, per_class):
-        self.log(f'Val: after {step} steps: ' + ', '.join(f'{name} {value:.4g}' for name, value in means.items()))
-        self.log('Val: ' + ', '.join(f'{name} {value:.1f}' for name, value in per_class.items()))
+            log.warn_once(line, f'left out of the validation (--val_list): {line}')
+        log(f'Val: after {step} steps: ' + ', '.join(f'{name} {value:.4g}' for name, value in means.items()))
+        log('Val: ' + ', '.join(f'{name} {value:.1f}' for name, value in per_class.items()))
         values = {**means, **per_class}
-        self.log.record({'step': step, 'epoch': step // self.batches.epoch_steps,
-                         **{f'val_{name}': value for name, value in values.items()}})
-        if self.writer:
-            visualization.write_scalars(self.writer, step, {f'val/{name}': value for name, value in values.items()})
+        log.record({'step': step, 'epoch': step // batches.epoch_steps,
+                    **{f'val_{name}': value for name, value in values.items()}})
+        if writer:
+            visualization.write_scalars(writer, step, {f'val/{name}': value for name, value in values.items()})
+        self._keep(net, step, best, means[best], checkpoint, log)
 
-    def _keep(self, net, step, name, value):
-        """Remembers, and saves where that is asked for, the best network by the measure `name`."""
-        path = self.checkpoint.session_name + '_best.pth'
-        before, of = self.checkpoint.best, f'{name} of {digest(self.held_out.names)}'     # others cannot be compared
+    def _keep(self, net, step, name, value, checkpoint, log):
+        """Remembers, and with keep_best saves, the best network by the measure `name`."""
+        path = checkpoint.session_name + '_best.pth'
+        before, of = checkpoint.best, f'{name} of {digest(self.held_out.names)}'     # others cannot be compared
         if before and before['of'] == of and before['value'] >= value and (os.path.isfile(path) or not self.keep_best):
-            self.log(f'Val: the best {name} is still {before["value"]:.4g}, after {before["step"]} steps')
+            log(f'Val: the best {name} is still {before["value"]:.4g}, after {before["step"]} steps')
             return
-        self.checkpoint.best = {'of': of, 'value': value, 'step': step}
+        checkpoint.best = {'of': of, 'value': value, 'step': step}
         if self.keep_best:
             save_weights(net, path)
-            self.log(f'Val: the best {name} so far; wrote {path}')
+            log(f'Val: the best {name} so far; wrote {path}')

@@ -182,14 +182,32 @@ def common_classes(labels, class_names):
     return [name for name, is_there in zip(class_names, common) if is_there]
 
 
-def describe_negatives(labels, class_names):
-    """One line: how many images are negatives, which show none of the classes, and how many have and lack each class.
-    labels: dict name -> (C,) multi-hot."""
-    counts = np.sum(list(labels.values()), axis=0).astype(int)
+def check_training_labels(labels, class_names, train_list, cls_labels, names_file=None):
+    """Lines for the log of a training: warnings of classes that no image or every image has, and the counts of each
+    class where there are negatives, images that show none of the classes. Raises BadInput where all images are.
+
+    labels: dict name -> (C,) multi-hot, not empty. names_file: of the class names, None for VOC's, of which a list may
+    well have a part alone. The paths, those of the flags of their names, are for the messages.
+    """
+    absent, common, lines = absent_classes(labels, class_names), common_classes(labels, class_names), []
+    if len(absent) == len(class_names):
+        raise BadInput(f'no image of {train_list} (--train_list) shows any of the {len(class_names)} classes, by the '
+                       f'labels of {cls_labels} (--cls_labels)')
+    if absent and names_file:
+        lines.append(f'warning: {len(absent)} of the {len(class_names)} classes of {names_file} (--class_names) cannot '
+                     f'be learned, because no image of {train_list} (--train_list) shows them: '
+                     f'{join_first(absent, 20)}')
+    if common:
+        lines.append(f'warning: every image of {train_list} (--train_list) shows {join_first(common, 20)}, so the '
+                     'classifier has nothing to tell it from: add images without it; a label of zeros means none of '
+                     'the classes')
     negatives = sum(not label.any() for label in labels.values())
-    return (f'{negatives:,} of {len(labels):,} images are negatives, which show none of the classes; images with and '
-            'without each class: ' + ', '.join(f'{name} {count} and {len(labels) - count}'
-                                               for name, count in zip(class_names, counts)))
+    if negatives:
+        counts = np.sum(list(labels.values()), axis=0).astype(int)
+        lines.append(f'{negatives:,} of {len(labels):,} images are negatives, which show none of the classes; images '
+                     'with and without each class: ' + ', '.join(
+                         f'{name} {count} and {len(labels) - count}' for name, count in zip(class_names, counts)))
+    return lines
 
 
 def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
