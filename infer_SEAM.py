@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision import transforms
 
+from network.grad_cam import grad_cam
 from network.seam import class_scores
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
@@ -28,31 +29,9 @@ MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf
                '--scales and --amp bf16 (they change the results: leave --resume out)')
 
 
-def grad_cam(net, x, plus):
-    """Grad-CAM (Selvaraju et al. 2017) or, with `plus`, Grad-CAM++ (Chattopadhay et al. 2018) at conv6, for the scores
-    that the classification loss sees, `class_scores`: (N, 3, H, W) -> (N, 1+C, h, w), >= 0, and these scores (N, 1+C).
-
-    A channel A counts with the sum over its pixels of the score's gradient g, or with `plus` of
-    relu(g) g^2 / (2 g^2 + g^3 sum(A)).
-    """
-    features = net.forward_as_dict(x)['conv6'].float()                             # (N, D, h, w)
-    total = features.sum(dim=(2, 3), keepdim=True)
-    maps = []
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = features.detach().clone().requires_grad_()
-        scores = class_scores(net.classify(leaf))
-        for score in scores.sum(dim=0):                                            # images do not mix
-            gradient, = torch.autograd.grad(score, leaf, retain_graph=True)
-            if plus:
-                gradient = F.relu(gradient) / (2 + gradient * total)
-            weight = gradient.sum(dim=(2, 3), keepdim=True)
-            maps.append(F.relu((weight * features).sum(dim=1)))
-    return torch.stack(maps, dim=1), scores.detach()
-
-
 def class_maps(net, x, kind):
-    """Raw maps (N, 1+C, h, w) of normalised images (N, 3, H, W), what `--map` asks for, at the size of the features;
-    and the scores (N, 1+C) that the classification loss sees."""
+    """Returns the raw maps that `--map` names, (N, 1+C, h, w) at the size of the features, of normalised images
+    (N, 3, H, W), and the scores (N, 1+C) that the classification loss sees."""
     if kind.startswith('gradcam'):
         return grad_cam(net, x, plus=kind == 'gradcam++')
     cam, cam_rv = net.class_maps(x)
@@ -63,9 +42,9 @@ def class_maps(net, x, kind):
 def run_views(net, views, kind='cam_rv', flip=True, device='cpu', amp='off'):
     """Runs the network on one image's views.
 
-    views: normalised (3, h, w) tensors, one for each scale. kind: see `class_maps`. flip: run each view with its mirror
-    image, as one batch. Returns (maps, probability): the foreground maps of each view (2, C, h', w'), without `flip`
-    (1, C, h', w'), and float32 (C,), the largest probability of each class over all of them.
+    views: normalised (3, h, w) tensors, one for each scale. kind: see `class_maps`. flip: run each view together with
+    its mirror image, as one batch. Returns (maps, probability): for each view its foreground maps (2, C, h', w') or,
+    without `flip`, (1, C, h', w'); and float32 (C,), the largest probability of each class over all of them.
     """
     maps, scores = [], []
     for view in views:
@@ -81,7 +60,7 @@ def run_views(net, views, kind='cam_rv', flip=True, device='cpu', amp='off'):
 
 @torch.inference_mode()
 def multi_scale_cam(maps, views, classes, size):
-    """Sum of one image's maps over its views, float32 (classes, H, W).
+    """Sums one image's maps over its views, mirrored ones turned back. Returns float32 (classes, H, W).
 
     maps, views: see `run_views`. classes: foreground classes 0..C-1 to keep. size: (H, W) of the image.
     """
@@ -97,10 +76,10 @@ def multi_scale_cam(maps, views, classes, size):
 
 
 def normalize_cam(cam):
-    """(classes, H, W) sums -> scores of about 0..1, as the published CAMs.
+    """Scales the sums of maps (classes, H, W) to scores of about 0..1, as for the published CAMs.
 
     Negatives become 0; values below min + 1e-5 become 0; then (x - min - 1e-5) / (max - min + 1e-5) with the
-    minimum from before. So a map's weakest pixels come out negative where its minimum is above 0: a quirk of the
+    minimum from before. If a map's minimum is above 0, its weakest pixels therefore come out negative: a quirk of the
     reference that the published numbers contain. A flat map becomes -1 everywhere.
     """
     cam = np.maximum(cam, 0)
@@ -110,10 +89,34 @@ def normalize_cam(cam):
     return (cam - minimum - 1e-5) / (maximum - minimum + 1e-5)
 
 
+def compute_cams(name, net, views, label, size, num_scales, thresholds, with_tags, kind, flip, device, amp):
+    """Runs the network on the image `name`. Returns (CAM dict {class: float32 (H, W)}, probability of each class,
+    float32 (C,)). The probability is None if the network did not run because the image has no class.
+
+    views: normalised (3, h, w) tensors: the first `num_scales` make the maps, the rest (--tag_scales) the
+    probabilities. label: (C,) multi-hot. size: (H, W). thresholds: if given, the classes whose probability is higher
+    replace `label`. with_tags: always compute the probabilities. kind, flip, device, amp: see `run_views`.
+    Raises BadInput for results that are not finite.
+    """
+    views, tag_views = views[:num_scales], views[num_scales:]
+    maps, probability = [], None
+    if with_tags or label.any():
+        maps, probability = run_views(net, views, kind, flip, device, amp)
+    if tag_views:
+        _, probability = run_views(net, tag_views, 'cam', flip, device, amp)
+    classes = np.flatnonzero(label > 1e-5 if thresholds is None else probability > thresholds).tolist()
+    cam = multi_scale_cam(maps, views, classes, size)
+    if not np.isfinite(cam).all() or (with_tags and not np.isfinite(probability).all()):
+        raise BadInput(f'the maps or the probabilities of {name} are NaN or infinite; the cause is --weights or --amp '
+                       f'{amp}')
+    return dict(zip(classes, normalize_cam(cam))), probability
+
+
 def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cpu'):
-    """For each alpha, the CRF scores {0: background, class + 1: ...} of a CAM dict {class: (H, W)}; orig_img uint8
-    (H, W, 3). The background score is (1 - the largest map)^alpha: the higher alpha, the less background. Without any
-    class, the background is 1."""
+    """Returns a list with the CRF scores {0: background, class + 1: ...}, float32 (H, W), for each alpha.
+
+    cam_dict: {class: (H, W)}. orig_img: uint8 (H, W, 3). The background score is (1 - the largest map)^alpha, so a
+    higher alpha means less background. Without any class, the background is 1."""
     if not cam_dict:
         return [{0: np.ones(orig_img.shape[:2], np.float32)} for _ in alphas]
     maps = np.stack(list(cam_dict.values()))
@@ -125,8 +128,8 @@ def crf_with_alphas(cam_dict, alphas, orig_img, backend='pydensecrf', device='cp
 
 
 def write_crf(name, cam_dict, alphas, orig_img, folders, dtype, backend, device):
-    """Writes the CRF scores of the image `name`, a file for each alpha into its ResultFolder; the job of a worker
-    process. Returns for each alpha the share of pixels that are background, None for an image without any class."""
+    """Computes and writes the CRF scores of the image `name`, one file per alpha in its ResultFolder; runs in a worker
+    process. Returns the share of background pixels for each alpha, None for an image without any class."""
     shares = []
     for folder, scores in zip(folders, crf_with_alphas(cam_dict, alphas, orig_img, backend, device)):
         with folder.writing(name) as path:
@@ -136,8 +139,8 @@ def write_crf(name, cam_dict, alphas, orig_img, folders, dtype, backend, device)
 
 
 def label_map(cam_dict, background_score, size):
-    """uint8 (H, W) = size of 0 and class + 1: the largest of a constant background score and the maps; ties go to the
-    background, then to the lower class. 0 where cam_dict is empty."""
+    """Returns the label map, uint8 (H, W) = size, 0 or class + 1: the largest of a constant background score and the
+    maps. Ties go to the background, then to the lower class. It is all 0 if cam_dict is empty."""
     background = np.full(size, background_score, np.result_type(np.float32, *cam_dict.values()))
     labels = score_files.strongest_label({0: background, **{key + 1: cam for key, cam in cam_dict.items()}})
     return labels.astype(np.uint8)
@@ -151,15 +154,15 @@ def get_args_parser():
         help='data root; contains JPEGImages/, and Annotations/ if --cls_labels does not exist')
     either = parser.add_mutually_exclusive_group().add_argument
     either('--infer_list', default='voc12/train.txt', help='list of the images to process')
-    either('--images', nargs='+', metavar='PATH', help='image files, and folders with their sub-folders, to work on in '
-           'place of --voc12_root and --infer_list')
+    either('--images', nargs='+', metavar='PATH', help='image files and folders (with sub-folders) to process instead '
+           'of --voc12_root and --infer_list')
     add('--cls_labels', default='voc12/cls_labels.npy',
         help='image-level labels, a dict of multi-hot vectors; if the file is missing, the XML files are read')
-    add('--tag_threshold', metavar='NUMBER_OR_FILE', help='take the classes of each image from the classifier, not '
-        'from --cls_labels: those whose largest probability over scales and mirrors is above this number, or above '
-        'that of the class in a file with lines CLASS,THRESHOLD')
-    add('--tag_scales', type=float, nargs='+', help='scales of these probabilities; not given: those of --scales. The '
-        'classifier is best where objects are as large as in its training')
+    add('--tag_threshold', metavar='NUMBER_OR_FILE', help='predict the classes of each image instead of reading '
+        '--cls_labels: those whose largest probability over scales and mirrors is above this number; a file with lines '
+        'CLASS,THRESHOLD sets one number for each class')
+    add('--tag_scales', type=float, nargs='+', help='scales of these probabilities, which are most reliable where '
+        'objects are as large as in training. Default: those of --scales')
     add('--class_names',
         help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
     add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
@@ -176,7 +179,7 @@ def get_args_parser():
     add('--scales', default=[0.5, 1.0, 1.5, 2.0], type=float, nargs='+',
         help='test scales, as factors of the image size (the scale table of the paper)')
     add('--flip', default=1, type=int, choices=[0, 1], help='1 also runs the mirror image at each scale; 0 does not')
-    add('--cam_dir', help='folder of finished CAMs, instead of --weights: only --out_crf and --out_cam_pred are made')
+    add('--cam_dir', help='folder of finished CAMs to make --out_crf and --out_cam_pred from, instead of --weights')
     add('--map', default='cam_rv', choices=['cam_rv', 'cam', 'gradcam', 'gradcam++'],
         help='which map to save: cam_rv is refined by PCM, cam is the plain CAM')
     add('--pcm', default='on', choices=['on', 'off'], help='off replaces the refined map by the plain CAM')
@@ -191,8 +194,7 @@ def get_args_parser():
     add('--out_cam', help='folder to write the CAM dicts to, NAME.npy')
     add('--out_crf', help='prefix of the folders to write the CRF dicts to: <out_crf>_4.0/NAME.npy, ...')
     add('--out_tags', help='folder for probabilities.csv, the probability of every class in every image, and tags.csv, '
-        'the classes that --tag_threshold took, as make_custom.py reads them; without --tag_threshold, the best one '
-        'for the known labels is printed')
+        'the classes above --tag_threshold; without --tag_threshold, prints the number that suits known labels best')
     add('--out_cam_pred', help='folder to write label maps to, NAME.png')
     add('--out_cam_pred_alpha', default=0.26, type=float,
         help='background score of --out_cam_pred, in 0..1 (not an exponent)')
@@ -200,8 +202,8 @@ def get_args_parser():
         help='number format of the CAM and CRF dicts; float16 halves the files')
     add('--cam_format', default='npy', choices=['npy', 'npz'],
         help='file format of the CAM and CRF dicts; npz is compressed and contains no pickle, but is slower to write')
-    add('--vis_dir', help='folder for pictures, NAME.jpg: the maps, and labels at the background scores that the label '
-        'maps use and that go with --crf_alpha')
+    add('--vis_dir', help='folder for pictures, NAME.jpg: the maps, and labels at the background scores of the label '
+        'maps and of --crf_alpha')
     add('--vis_count', default=20, type=int,
         help='number of images to draw, from the start of the list; finished images are not drawn again')
     add('--resume', action='store_true', help='keep finished files; refused if they were made with other settings')
@@ -213,38 +215,39 @@ def get_args_parser():
 
 def check_args(args):
     if not (args.out_cam or args.out_crf or args.out_cam_pred or args.out_tags):
-        raise BadInput('nothing to write: give --out_cam, --out_crf, --out_cam_pred or --out_tags')
+        raise BadInput('there is nothing to write: give --out_cam, --out_crf, --out_cam_pred or --out_tags')
     if args.cam_dir:
         check_dir(args.cam_dir, '--cam_dir')
         needless = [flag for flag in ('weights', 'out_cam', 'tag_threshold', 'out_tags') if getattr(args, flag)]
         if needless:
-            raise BadInput(f'--cam_dir has the CAMs already: leave --{needless[0]} out')
+            raise BadInput(f'--cam_dir reads finished CAMs, so --{needless[0]} is not possible: leave one of them out')
     elif not args.weights:
-        raise BadInput('the CAMs need --weights, or --cam_dir where they are finished')
+        raise BadInput('give --weights to compute CAMs, or --cam_dir to read finished ones')
     else:
         check_file(args.weights, '--weights')
         if args.images and not args.tag_threshold:
-            check_file(args.cls_labels, '--cls_labels; --tag_threshold takes the tags of --images from the classifier')
+            check_file(args.cls_labels, '--cls_labels; with --tag_threshold the classifier predicts the classes')
         if args.tag_threshold and not args.out_tags:
-            raise BadInput('--tag_threshold needs --out_tags, a folder for the list of the tags that were taken')
+            raise BadInput('--tag_threshold needs --out_tags, the folder for the list of predicted tags')
     if args.tag_scales and not args.out_tags:
-        raise BadInput('--tag_scales are the scales of --out_tags, which is not given')
+        raise BadInput('--tag_scales needs --out_tags, whose scales they are')
     check_range(args, 0.01, 100, 'scales', 'tag_scales', 'crf_alpha')
     check_range(args, -1000, 1000, 'out_cam_pred_alpha')
     check_range(args, 0, 256, 'num_workers', 'crf_workers')
     if args.out_crf and len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
-        raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them share the folder name, which has one decimal')
+        raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them would write to the same folder, because its name has '
+                       'one decimal')
 
 
 def scores_of_pictures(crf_alphas, has_label_maps, label_score):
-    """Background scores at which the pictures of a run show labels: that of its label maps, and those that have the
-    effect of its CRF exponents (the CRF itself is not drawn); `label_score` alone where the run writes CAMs alone."""
+    """Returns the background scores at which pictures show labels: `label_score` if the run writes label maps or no
+    CRFs, and the score that corresponds to each CRF exponent. The CRF itself is not drawn."""
     of_crfs = [threshold_of(alpha) for alpha in crf_alphas]
     return of_crfs if of_crfs and not has_label_maps else [label_score, *of_crfs]
 
 
 def save_picture(path, orig_img, cam_dict, class_names, background_scores):
-    """Writes the image, its maps and their labels at each of the background scores side by side."""
+    """Writes a JPEG of the image, its maps, and their labels at each of the background scores, side by side."""
     labels = [label_map(cam_dict, score, orig_img.shape[:2]) for score in background_scores]
     visualization.save_picture(
         path, [orig_img, *(visualization.cam_on_image(orig_img, cam) for cam in cam_dict.values()),
@@ -258,37 +261,37 @@ def main(args):
     device = get_device(args.device, args.tf32)
     backend = crf.choose_crf_backend(args.crf_backend) if args.out_crf else None
     thresholds = load_tag_thresholds(args.tag_threshold, class_names) if args.tag_threshold else None
+
+    # ----- the images, and where their CAMs come from -----
     if args.cam_dir:
         dataset = VOC12ImageDataset(args.infer_list, args.voc12_root, transform=np.array, images=args.images)
         if args.on_error == 'stop':         # better now than after hours
             score_files.check_scores(args.cam_dir, dataset.img_name_list, '--cam_dir')
+        settings = describe_folder(args.cam_dir, 'cam_dir')
     else:
+        cls_labels = None if args.tag_threshold else args.cls_labels
         dataset = VOC12ClsDatasetMSF(
             args.infer_list, voc12_root=args.voc12_root, scales=args.scales + (args.tag_scales or []),
-            cls_labels=None if args.tag_threshold else args.cls_labels, images=args.images,
-            inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
-            class_names=class_names)
+            cls_labels=cls_labels, images=args.images, class_names=class_names,
+            inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
         net = import_network(args.network, 'SEAM', args.backbone)(
             num_classes=len(class_names), pcm=args.pcm == 'on' and args.map == 'cam_rv')
         load_trained(net, args.weights, device, args.amp)
-
-    # ----- outputs: None or [] for what is not asked for -----
-    if args.cam_dir:
-        settings = describe_folder(args.cam_dir, 'cam_dir')
-    else:
         settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'map', 'pcm', 'amp')}
-        known = thresholds is None and os.path.isfile(args.cls_labels)
+        has_labels = cls_labels is not None and os.path.isfile(cls_labels)
         settings.update(weights=file_digest(args.weights), class_names=class_names, tag_threshold=thresholds,
-                        tag_scales=args.tag_scales, cls_labels=file_digest(args.cls_labels) if known else None)
-    tag_folder = ResultFolder(args.out_tags, '--out_tags', '.npy', settings) if args.out_tags else None
-    label_settings = {**settings, 'background_score': args.out_cam_pred_alpha}
-    settings.update(cam_dtype=args.cam_dtype, cam_format=args.cam_format)
+                        tag_scales=args.tag_scales, cls_labels=file_digest(cls_labels) if has_labels else None)
+
+    # ----- outputs: None or [] for those that are not asked for -----
     extension = '.' + args.cam_format
-    cam_folder = ResultFolder(args.out_cam, '--out_cam', extension, settings) if args.out_cam else None
+    label_settings = {**settings, 'background_score': args.out_cam_pred_alpha}
+    score_settings = {**settings, 'cam_dtype': args.cam_dtype, 'cam_format': args.cam_format}
+    tag_folder = ResultFolder(args.out_tags, '--out_tags', '.npy', settings) if args.out_tags else None
+    cam_folder = ResultFolder(args.out_cam, '--out_cam', extension, score_settings) if args.out_cam else None
     label_folder = (ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png', label_settings)
                     if args.out_cam_pred else None)
     crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
-                                {**settings, 'alpha': alpha, 'crf': crf.describe_crf(crf.CAM_CRF)})
+                                {**score_settings, 'alpha': alpha, 'crf': crf.describe_crf(crf.CAM_CRF)})
                    for alpha in (args.crf_alpha if args.out_crf else [])]
     folders = [folder for folder in (tag_folder, cam_folder, label_folder, *crf_folders) if folder]
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
@@ -310,23 +313,11 @@ def main(args):
                 if args.cam_dir:
                     cam_dict = score_files.load_fitting(args.cam_dir, name, '--cam_dir', 'cam', size, len(class_names))
                 else:
-                    views, label = item
-                    cam_views, tag_views = views[:len(args.scales)], views[len(args.scales):]
-                    maps, probability = [], None
-                    if tag_folder or label.any():
-                        maps, probability = run_views(net, cam_views, args.map, args.flip, device, args.amp)
-                    if tag_views:
-                        _, probability = run_views(net, tag_views, 'cam', args.flip, device, args.amp)
-                    taken = label.numpy() > 1e-5 if thresholds is None else probability > thresholds
-                    classes = np.flatnonzero(taken).tolist()
-                    cam = multi_scale_cam(maps, cam_views, classes, size)
-                    if not np.isfinite(cam).all() or (tag_folder and not np.isfinite(probability).all()):
-                        raise BadInput(f'the maps or the probabilities of {name} are NaN or infinite (--weights '
-                                       f'{args.weights}, --amp {args.amp})')
-                    cam_dict = dict(zip(classes, normalize_cam(cam)))
-                    if tag_folder:
-                        with tag_folder.writing(name) as path, atomic_write(path) as file:
-                            np.save(file, probability)
+                    cam_dict, probability = compute_cams(name, net, *item, size, len(args.scales), thresholds,
+                                                         bool(tag_folder), args.map, args.flip, device, args.amp)
+                if tag_folder:
+                    with tag_folder.writing(name) as path, atomic_write(path) as file:
+                        np.save(file, probability)
                 if cam_folder:
                     with cam_folder.writing(name) as path:
                         score_files.save_scores(path, cam_dict, args.cam_dtype)

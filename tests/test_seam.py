@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import infer_SEAM
 import train_SEAM
 from conftest import GOLDEN, close, filled, golden
+from network import grad_cam
 from network.resnet38_SEAM import Net
 from network.seam import pseudo_label
 from tool import crf, imutils, visualization
@@ -273,10 +274,10 @@ def test_flat_map_becomes_minus_one():
 @pytest.mark.parametrize('plus', [False, True])
 def test_grad_cam_follows_another_pooling_of_the_classification_loss(seam_net, monkeypatch, plus):
     x, pool = torch.randn(1, 3, 32, 40), lambda cam: cam.square().mean(dim=(2, 3))
-    mean, _ = infer_SEAM.grad_cam(seam_net, x, plus)
-    monkeypatch.setattr(infer_SEAM, 'class_scores', pool)
+    mean, _ = grad_cam.grad_cam(seam_net, x, plus)
+    monkeypatch.setattr(grad_cam, 'class_scores', pool)
     with torch.inference_mode():
-        maps, _ = infer_SEAM.grad_cam(seam_net, x, plus)
+        maps, _ = grad_cam.grad_cam(seam_net, x, plus)
         features = seam_net.forward_as_dict(x)['conv6']
     assert maps.shape == mean.shape and not torch.allclose(maps, mean)
     if not plus:            # the mean of the gradient is that of the plain CAM times twice its mean

@@ -305,9 +305,9 @@ def test_a_classifier_of_other_classes_counts_outputs(tmp_path):
 
 
 @pytest.mark.parametrize('device, amp, training, last', [
-    ('cpu', 'off', False, True), ('cpu', 'bf16', False, True), ('cpu', 'off', True, False), ('cpu', 'bf16', True, False),
-    ('cuda', 'off', False, False), ('cuda', 'bf16', False, True), ('cuda', 'off', True, False),
-    ('cuda', 'fp16', True, True)])
+    ('cpu', 'off', False, True), ('cpu', 'bf16', False, True), ('cpu', 'off', True, False),
+    ('cpu', 'bf16', True, False), ('cuda', 'off', False, False), ('cuda', 'bf16', False, True),
+    ('cuda', 'off', True, False), ('cuda', 'fp16', True, True)])
 def test_memory_format_is_the_one_that_was_measured_to_be_faster(device, amp, training, last):
     plain, grouped = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=2)
     for net, expected in ((plain, last), (grouped, False)):
