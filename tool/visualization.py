@@ -3,19 +3,19 @@
     python tool/visualization.py --voc12_root VOC2012 --list LIST --out sheet.png \\
         --cam_dir plain_cam cam --crf_dir crf_4.0 crf_24.0 --label_dir out_rw
 
-draws the results of finished folders side by side: a row for each of the first images of the list.
+draws the results in finished folders side by side, one row for each of the first images of the list.
 
     python tool/visualization.py --voc12_root VOC2012 --list LIST --out sheet.png --count 20 --seed 0 \\
         --cam_dir cam --t 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8
 
-draws the labels of one folder of CAMs at several background thresholds, to choose one where there are no masks. In full
-colour are the pixels that the next threshold labels too, in white those that it turns into background. The title of a
-column and the printed table say which share of the pixels each threshold labels as object, which share the next one
-turns into background, and which exponents to begin with if this threshold is the best one: --crf_alpha LOW HIGH of
+draws the labels of one CAM folder at several background thresholds, so that you can choose one without masks. Pixels
+that the next threshold also labels are in full colour; pixels that it turns into background are white. The title of a
+column and the printed table give the share of pixels that the threshold labels as object, the share that the next one
+turns into background, and the exponents to begin with if you choose this threshold: --crf_alpha LOW HIGH of
 infer_SEAM.py, and --alpha of infer_aff.py.
 
-How to choose in five minutes: for each image note the threshold where the label runs over the background about as much
-as it misses parts of the object, pass over the images whose CAM is on something else, and take the median.
+Choose in five minutes: for each image, note the threshold where the label exceeds the object about as much as it misses
+parts of it. Skip images whose CAM is on something else. Take the median.
 """
 import argparse
 import os
@@ -37,12 +37,13 @@ from tool.image_lists import get_img_path, load_img_name_list
 from tool.thresholds import exponents_to_start_with
 
 MAX_SIDE = 65500        # pixels of a JPEG file
-MAX_CELL = 1030         # pixels of a picture that a run makes by the way
+MAX_CELL = 1030         # pixels of a cell's side in the pictures of a run
 
 
 def normalize_for_picture(cam):
-    """(..., H, W), any sign -> the reference's normalisation for pictures: relu, 0 below min + 1e-5, then
-    (x - min - 1e-5) / (max + 1e-5). The training loss divides otherwise. Weakest pixels end slightly below 0."""
+    """Scales maps (..., H, W), any sign, as the reference does for pictures: relu, 0 below min + 1e-5, then
+    (x - min - 1e-5) / (max + 1e-5). (The training loss divides by max - min + 1e-5.) The weakest pixels come out
+    slightly below 0."""
     cam = np.maximum(cam, 0)
     maximum = cam.max(axis=(-2, -1), keepdims=True)
     minimum = cam.min(axis=(-2, -1), keepdims=True)
@@ -50,27 +51,27 @@ def normalize_for_picture(cam):
 
 
 def cam_on_image(img, cam):
-    """Heat map over an image. img: uint8 (H, W, 3) RGB; cam: (H, W) in [0, 1]. Returns uint8 (H, W, 3) RGB."""
+    """Draws a heat map over an image. img: uint8 (H, W, 3) RGB; cam: (H, W) in [0, 1]. Returns uint8 (H, W, 3) RGB."""
     heat = cv2.applyColorMap((np.clip(cam, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_JET)[..., ::-1]
     return (0.5 * img + 0.5 * heat).astype(np.uint8)
 
 
 def labels_on_image(img, labels):
-    """Label map (H, W) in VOC's colours over a dimmed uint8 (H, W, 3) RGB image."""
+    """Draws a label map (H, W) in VOC's colours over a dimmed image, uint8 (H, W, 3) RGB. Returns such an image."""
     return (0.3 * img + 0.7 * image_files.voc_palette()[labels]).astype(np.uint8)
 
 
 def labels_until_next(img, labels, stays):
-    """Label map (H, W), 0 background, over a uint8 (H, W, 3) RGB image that is dimmed where it is background: in VOC's
-    colours where `stays`, bool (H, W), in white elsewhere."""
+    """Draws a label map (H, W), 0 background, over an image, uint8 (H, W, 3) RGB: in VOC's colours where `stays`, bool
+    (H, W), is true, in white elsewhere. The background is dimmed."""
     colours = np.where(stays[..., None], image_files.voc_palette()[labels], 255)
     return np.where(labels[..., None] > 0, 0.5 * img + 0.5 * colours, 0.6 * img).astype(np.uint8)
 
 
 def contact_sheet(rows, titles, cell=160):
-    """uint8 RGB sheet: one row per list of uint8 (H, W, 3) pictures, shrunk or grown into square cells; None leaves its
-    cell blank. titles: of the columns, a line or several. cell: pixels of a cell's side, fewer where the sheet would
-    be too wide for a JPEG file."""
+    """Returns a uint8 RGB sheet with one row for each list of pictures, uint8 (H, W, 3), resized into square cells.
+    None leaves its cell blank. titles: of the columns, with one line or several. cell: pixels of a cell's side; fewer
+    if the sheet would be too wide for a JPEG file."""
     cell = max(min(cell, MAX_SIDE // len(titles)), 8)
     lines = max(len(title.splitlines()) for title in titles)
     header = np.full((8 + 16 * lines, cell * len(titles), 3), 255, np.uint8)
@@ -99,8 +100,8 @@ def save_picture(path, pictures, titles):
 
 
 def draw_curve(path, background_scores, miou, title):
-    """PNG of mIoU (percent) over the background score, its best point marked. Returns a line: that there is one, or why
-    there is none. It comes after hours of work, and must not end them."""
+    """Writes a PNG of mIoU (percent) over the background score, with the best point marked. Returns a line that says
+    so, or why there is no picture: it comes after hours of work and must not stop the script."""
     try:
         from matplotlib.figure import Figure
         figure = Figure(figsize=(6, 4), layout='constrained')
@@ -117,7 +118,7 @@ def draw_curve(path, background_scores, miou, title):
             figure.savefig(file, format='png', dpi=120)
         return f'wrote {path}'
     except ImportError:
-        return 'no picture of the curve: pip install matplotlib to get one'
+        return f'no picture {path}: pip install matplotlib to get one'
     except Exception as error:          # of a font, a damaged installation, the disk
         return f'warning: no picture {path}: {describe(error)}'
 
@@ -125,10 +126,10 @@ def draw_curve(path, background_scores, miou, title):
 # ----- TensorBoard -----
 
 def open_writer(tblog_dir, session_name, step, log):
-    """A TensorBoard writer, or None and a notice: a log that cannot be written must not end a training.
+    """Opens a TensorBoard writer. If that fails it logs why and returns None: a training must not stop for it.
 
-    Every session has a folder of its own in `tblog_dir`, TensorBoard's run. step: of the first update, from 0; what
-    earlier runs of the session wrote for this step and later ones is no longer shown.
+    Every session has its own folder in `tblog_dir`, a run of TensorBoard. step: number of the first update, from 0;
+    TensorBoard no longer shows what earlier runs of the session wrote for this step and later ones.
     """
     parts = os.path.normpath(os.path.splitdrive(session_name)[1]).split(os.sep)
     folder = os.path.join(tblog_dir, *(part for part in parts if part not in ('', os.pardir)))
@@ -136,7 +137,7 @@ def open_writer(tblog_dir, session_name, step, log):
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(folder, purge_step=step)
     except ImportError:
-        log('no TensorBoard log: pip install tensorboard to get one in --tblog_dir')
+        log(f'no TensorBoard log in {folder} (--tblog_dir): pip install tensorboard to get one')
     except Exception as error:          # of the folder, of a damaged installation
         log(f'warning: no TensorBoard log in {folder} (--tblog_dir): {describe(error)}')
     return None
@@ -152,10 +153,9 @@ def write_scalars(writer, step, values):
 
 
 def write_cams(writer, step, terms, img, label, cam, cam_rv):
-    """Sends the loss terms and, for one image, both maps of its classes to TensorBoard.
+    """Sends the loss terms to TensorBoard and, for one image, both maps of each of its classes.
 
-    img: normalised (3, H, W); label: (C,) multi-hot, with zeros alone the image has no maps; cam, cam_rv: raw
-    (1+C, H, W); all tensors.
+    img: normalised (3, H, W); label: (C,) multi-hot; cam, cam_rv: raw (1+C, H, W); all tensors.
     """
     orig_img = imutils.denormalize(img.cpu().numpy())
     present = label.cpu().numpy() > 0
@@ -174,8 +174,8 @@ def write_cams(writer, step, terms, img, label, cam, cam_rv):
 # ----- the command -----
 
 def draw_cell(img, name, kind, folder, flag):
-    """uint8 (H, W, 3) picture of an image's label map (kind 'label') or scores in a folder, over the image.
-    Raises BadInput."""
+    """Draws the label map (kind 'label') or the scores ('cam', 'crf') of an image in a folder over the image, uint8
+    (H, W, 3). Returns such an image. Raises BadInput."""
     path = os.path.join(folder, name + ('.png' if kind == 'label' else '.npy'))
     if kind == 'label':
         picture = image_files.read_label_map(path, flag)
@@ -186,13 +186,13 @@ def draw_cell(img, name, kind, folder, flag):
         maps = list(scores.values()) or [np.zeros(img.shape[:2])]       # of an image without any class: 0
         picture = score_files.strongest_label(scores) if kind == 'crf' else np.max(maps, axis=0)
     if picture.shape != img.shape[:2]:
-        raise BadInput(f'{path} ({flag}) is {picture.shape[0]}x{picture.shape[1]}, its image '
+        raise BadInput(f'{path} ({flag}) is {picture.shape[0]}x{picture.shape[1]}, but its image is '
                        f'{img.shape[0]}x{img.shape[1]}')
     return cam_on_image(img, picture) if kind == 'cam' else labels_on_image(img, picture)
 
 
 def or_warning(draw, *args):
-    """What `draw` returns, or None and a warning for a file that is missing or cannot be drawn."""
+    """Returns draw(*args), or None after a warning if a file is missing or cannot be drawn."""
     try:
         return draw(*args)
     except BadInput as error:
@@ -200,60 +200,48 @@ def or_warning(draw, *args):
     return None
 
 
-def draw_folders(names, args):
-    """(rows, titles) of the contact sheet that shows finished folders side by side."""
-    columns = []                # (title, kind, folder, flag)
-    truth = os.path.join(args.voc12_root, 'SegmentationClass')
-    if os.path.isdir(truth):
-        columns.append(('ground truth', 'label', truth, '--voc12_root'))
-    for kind in ('cam', 'crf', 'label'):
-        flag = f'--{kind}_dir'
-        for folder in getattr(args, f'{kind}_dir'):
-            check_dir(folder, flag)
-            columns.append((os.path.basename(os.path.abspath(folder)), kind, folder, flag))
+def draw_folders(names, voc12_root, columns):
+    """Draws the images and what finished folders have of them, side by side. Returns the rows for `contact_sheet`.
+    columns: list of (kind, folder, flag), see `draw_cell`."""
     rows = []
-    for name in names[:args.count]:
-        img = or_warning(image_files.read_image, get_img_path(name, args.voc12_root))
+    for name in names:
+        img = or_warning(image_files.read_image, get_img_path(name, voc12_root))
         if img is not None:
             img = np.asarray(img)
-            rows.append([img, *(or_warning(draw_cell, img, name, *column) for _, *column in columns)])
-    return rows, ['image', *(title for title, *_ in columns)]
+            rows.append([img, *(or_warning(draw_cell, img, name, *column) for column in columns)])
+    return rows
 
 
-def draw_thresholds(names, args):
-    """(rows, titles) of the contact sheet that shows the CAMs of one folder at the thresholds args.t, which ascend; and
-    prints the table of the thresholds. Images without a class are passed over. Raises BadInput."""
-    folder, = args.cam_dir
-    check_dir(folder, '--cam_dir')
+def draw_thresholds(names, voc12_root, cam_dir, thresholds, count):
+    """Draws the first `count` images that have a class, and their CAMs at the thresholds, which ascend. Returns (rows,
+    titles) for `contact_sheet`, and prints a table of the thresholds. Raises BadInput."""
     rows, shares, empty = [], [], 0
     for name in names:
-        if len(rows) == args.count:
+        if len(rows) == count:
             break
-        path = os.path.join(folder, name + '.npy')
+        path = os.path.join(cam_dir, name + '.npy')
         scores = score_files.load_scores(path, '--cam_dir', 'cam')
         if not scores:
             empty += 1
             continue
-        img = np.asarray(image_files.read_image(get_img_path(name, args.voc12_root)))
+        img = np.asarray(image_files.read_image(get_img_path(name, voc12_root)))
         strongest = score_files.strongest_label(scores) + 1
         highest = np.max(list(scores.values()), axis=0)
         if highest.shape != img.shape[:2]:
             raise BadInput(f'{path} (--cam_dir) does not fit the image, which is {img.shape[0]}x{img.shape[1]}')
-        objects = np.stack([highest > t for t in args.t])                           # (thresholds, H, W)
+        objects = np.stack([highest > t for t in thresholds])                       # (thresholds, H, W)
         shares.append(objects.mean(axis=(1, 2)) * 100)
         stays = [*objects[1:], objects[-1]]                                         # what the next threshold labels
         rows.append([img, cam_on_image(img, highest),
                      *(labels_until_next(img, strongest * now, later) for now, later in zip(objects, stays))])
     if empty:
-        print(f'{empty} of the images are passed over: they have no class, so no CAM')
-    if not rows:
-        raise BadInput(f'nothing to draw: no image of {args.list} (--list) has a class in {folder} (--cam_dir)')
-    return rows, ['image', 'strongest class', *describe_thresholds(args.t, shares)]
+        print(f'{empty} of the images have no class, so no CAM, and are left out')
+    return rows, ['image', 'strongest class', *(describe_thresholds(thresholds, shares) if rows else [])]
 
 
 def describe_thresholds(thresholds, shares):
-    """Prints the table of the thresholds, and returns their titles on the sheet. shares: for each image, (thresholds,)
-    percentages of its pixels that each of them labels as object."""
+    """Prints a table of the thresholds and returns their titles for the sheet. shares: for each image, the percentages
+    of its pixels that the thresholds label as object, (thresholds,)."""
     share = np.mean(shares, axis=0)
     print(f'mean of {len(shares)} images\nthreshold   object  next: background   --crf_alpha   --alpha')
     titles = []
@@ -268,18 +256,17 @@ def describe_thresholds(thresholds, shares):
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--voc12_root', required=True, help='data root: JPEGImages/, perhaps SegmentationClass/')
-    parser.add_argument('--list', required=True, help='image names, one a line')
-    parser.add_argument('--count', default=5, type=int, help='how many of them')
-    parser.add_argument('--seed', type=int, metavar='N',
-                        help='draw images of the list at random, other ones with another number; not given: the first')
-    parser.add_argument('--cam_dir', default=[], nargs='+', help='folders of CAM dicts; the strongest class is drawn')
-    parser.add_argument('--t', type=float, nargs='+', metavar='T',
-                        help='background thresholds, 0.01 to 0.99: draw the labels of one --cam_dir at each of them, '
-                             'without ground truth')
-    parser.add_argument('--crf_dir', default=[], nargs='+', help='folders of CRF dicts')
-    parser.add_argument('--label_dir', default=[], nargs='+', help='folders of label maps')
-    parser.add_argument('--out', required=True, help='PNG to write')
+    add = parser.add_argument
+    add('--voc12_root', required=True, help='data root; contains JPEGImages/, and SegmentationClass/ if you have masks')
+    add('--list', required=True, help='list of the images')
+    add('--count', default=5, type=int, help='number of images to draw (default: %(default)s)')
+    add('--seed', type=int, metavar='N', help='draw random images of the list, others for each N. Default: the first')
+    add('--cam_dir', default=[], nargs='+', help='folders of CAM dicts; the strongest class is drawn')
+    add('--t', type=float, nargs='+', metavar='T',
+        help='background thresholds from 0.01 to 0.99: draw the labels of one --cam_dir at each of them')
+    add('--crf_dir', default=[], nargs='+', help='folders of CRF dicts')
+    add('--label_dir', default=[], nargs='+', help='folders of label maps')
+    add('--out', required=True, help='PNG file to write')
     return parser
 
 
@@ -288,14 +275,25 @@ def main(args):
     check_range(args, 0.01, 0.99, 't')
     if args.t and (len(args.cam_dir) != 1 or args.crf_dir or args.label_dir):
         raise BadInput('--t draws one folder of CAMs: name one --cam_dir, and leave --crf_dir and --label_dir out')
+    columns = [(kind, folder, f'--{kind}_dir') for kind, folders in
+               (('cam', args.cam_dir), ('crf', args.crf_dir), ('label', args.label_dir)) for folder in folders]
+    for _, folder, flag in columns:
+        check_dir(folder, flag)
     names = load_img_name_list(args.list, '--list')
     if args.seed is not None:
         random.Random(args.seed).shuffle(names)
     if args.t:
-        args.t = sorted(set(args.t))
-    rows, titles = (draw_thresholds if args.t else draw_folders)(names, args)
+        rows, titles = draw_thresholds(names, args.voc12_root, *args.cam_dir, sorted(set(args.t)), args.count)
+    else:
+        titles = ['image', *(os.path.basename(os.path.abspath(folder)) for _, folder, _ in columns)]
+        truth = os.path.join(args.voc12_root, 'SegmentationClass')
+        if os.path.isdir(truth):
+            columns.insert(0, ('label', truth, '--voc12_root'))
+            titles.insert(1, 'ground truth')
+        rows = draw_folders(names[:args.count], args.voc12_root, columns)
     if not rows:
-        raise BadInput(f'nothing to draw: no image of {args.list} (--list) is in {args.voc12_root} (--voc12_root)')
+        where = f'has a class in {args.cam_dir[0]} (--cam_dir)' if args.t else f'is in {args.voc12_root} (--voc12_root)'
+        raise BadInput(f'there is nothing to draw: no image of {args.list} (--list) {where}')
     sheet = contact_sheet(rows, titles)
     with atomic_write(args.out) as file:
         Image.fromarray(sheet).save(file, format='PNG', optimize=True)
