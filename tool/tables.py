@@ -1,19 +1,18 @@
-"""The paper's tables, row by row, on any data root: trains, infers and scores what the rows need, seed by seed.
+"""Makes the tables of the paper on any data root: trains, infers and evaluates what their rows need, for each seed.
 
     python tool/tables.py --table 1 --seeds 0 1 2                       baseline to random walk, as the paper's table 1
-    python tool/tables.py --table all --toy                             the same in miniature, on the demo's drawings
+    python tool/tables.py --table all --toy                             five tables in miniature, on drawings
     python tool/tables.py --lite0 --voc12_root ROOT --train_list LIST   with EfficientNet-Lite0, for a CPU
-    python tool/tables.py --table 1 --rows SEAM walk --resume           some rows; finished work of before stays
+    python tool/tables.py --table 1 --rows SEAM walk --resume           some rows; keeps finished work
 
-In --out, tables.csv has the numbers of each row and seed, tables.md their means and standard deviations; what training
-and inference write lies in a folder for each seed, named by its flags. mIoU, mFP and mFN are means over the classes of
---mean_classes, else over those present. The plateau is the range of background scores whose mIoU is at least 95% of the
-best.
+In --out, tables.csv has the numbers of each row and seed, and tables.md their means and standard deviations. The files
+of training and inference are in one folder for each seed, named after their flags. mIoU, mFP and mFN are means over
+--mean_classes or, without it, over the classes present. The plateau is the width of the range of background scores
+whose mIoU is at least 95% of the best.
 """
 import argparse
 import collections
 import functools
-import importlib
 import json
 import os
 import re
@@ -24,35 +23,36 @@ import sys
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.cli import BadInput, exit_on_bad_input, make_dir
 from tool.commands import ROOT, run_child
 from tool.files import file_digest
 from tool.image_lists import load_img_name_list
 from tool.outputs import SETTINGS, read_settings
+from tool.table_checks import check_data, check_numbers, check_scripts
 from tool.text_files import read_csv, write_csv, write_text
 
 GT_FOLDER, AUG_GT_FOLDER = 'SegmentationClass', 'SegmentationClassAug'
 
-# train, infer: flags of train_SEAM.py and infer_SEAM.py. scored: the CAMs, their CRF at an alpha, the walk, or on
-# --val_list a network retrained on the walk's labels or on ground truth
+# train, infer: flags of train_SEAM.py and infer_SEAM.py. scored: cam, crf_ALPHA or walk on --list; seg or seg_truth, a
+# network retrained on the labels of the walk or on ground truth, on --val_list
 Row = collections.namedtuple('Row', 'table name train infer scored', defaults=('', '', 'cam'))
 BASELINE = '--classifier_only', '--map cam'
 HEADER = ('**Table: {}**\n\n| row | seeds | best background score | plateau | mIoU | mFP | mFN | published mIoU |\n'
           '|---|---|---|---|---|---|---|---|\n')
 COLUMNS = ['table', 'row', 'seed', 'list', 'images', 'background_score', 'plateau', 'mIoU', 'mFP', 'mFN', 'accuracy']
 
-# (train, infer, scored) -> mIoU of the paper's ResNet38 on VOC 2012 train. It does not say which alpha its CRF had: the
-# number stands at 4, the default that goes with its best background score, with that remark. To put it at whichever
-# alpha turns out best would flatter this code
+# (train, infer, scored) -> mIoU of the paper's ResNet38 on VOC 2012 train. The paper does not state the alpha of its
+# CRF. Its number stands at 4, the default that suits its best background score; at the alpha with the best result here,
+# it would flatter this code
 PUBLISHED = {(*BASELINE, 'cam'): '47.43', ('', '', 'cam'): '55.41', ('', '', 'crf_4.0'): '56.83 (alpha not stated)',
              ('', '', 'walk'): '63.61'}
-PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_classes'   # these numbers need defaults
+PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_classes'   # at defaults beside PUBLISHED
 FREE_FLAGS = 'table', 'rows', 'seeds', 'resume', 'out', 'voc12_root', 'num_workers', 'device'   # may change on resume
 SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone'     # of all scripts with a network
 
-# defaults with --toy, and of the demo, which takes fewer drawings. Sizes and crops are a seventh of the paper's; the
-# test scales show the network objects as large as in training; AffinityNet needs larger crops. The feature maps are
-# half as wide as VOC's, so the walk takes fewer steps, and gives more weight to high affinities
+# defaults with --toy and in the demo, which has fewer drawings. Image sizes and crops are a seventh of the paper's; at
+# these test scales objects are as large as in training; AffinityNet needs larger crops. The feature maps are half as
+# wide as VOC's, so the walk takes fewer steps, and high affinities get more weight
 TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff',
        'network_seg': 'network.slim_deeplab', 'weights': None, 'scales': [0.25, 0.5, 0.75], 'alphas': [2.0, 4.0, 8.0],
        'num_workers': 1,
@@ -64,7 +64,7 @@ TOY = {'out': 'tables_toy', 'train_list': None, 'network': 'network.slim_SEAM', 
        'train_seg': '--crop_size 96 --scale_range 0.4 0.7 --batch_size 8 --max_iters 25 --lr 0.003 '
                     '--bn_momentum 0.2'.split(),
        'seg': '--scales 0.5'.split()}
-# defaults with --lite0: for photographs of VOC's size, in training at less than half of it; 130 steps on 1,040 of them
+# defaults with --lite0: training on VOC's photographs at less than half their size; 130 steps with 1,040 of them
 LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'network_seg': 'network.timm_deeplab',
          'weights': None, 'scales': [0.75, 1.0], 'alphas': [0.7, 1.1, 4.0],
          'train': '--fit_classifier --momentum 0.9 --lr 0.001 --dropout 0 --resize_long 128 224 --crop_size 128 '
@@ -75,18 +75,9 @@ LITE0 = {'network': 'network.timm_SEAM', 'network_aff': 'network.timm_aff', 'net
          'train_seg': '--crop_size 192 --batch_size 8 --max_iters 80 --lr 0.002 --bn_momentum 0.05'.split(),
          'seg': '--scales 0.5 0.75'.split()}
 
-# our flag of more flags for a script -> the script, and flags without which its own check would not pass
-SCRIPTS = {'pretrain': ['train_SEAM'],
-           'train': ['train_SEAM'],
-           'train_aff': ['train_aff', '--la_crf_dir', ROOT, '--ha_crf_dir', ROOT],
-           'infer': ['infer_SEAM', '--weights', __file__, '--out_cam', 'cam'],
-           'walk': ['infer_aff', '--weights', __file__, '--cam_dir', ROOT],
-           'train_seg': ['train_seg', '--label_dir', ROOT],
-           'seg': ['infer_seg', '--weights', __file__, '--out_seg', 'seg']}
-
 
 def list_rows(scales, alphas):
-    """All rows of all tables, in order. To add one, name its table and the flags that make it."""
+    """Returns all rows of all tables, in order. To add one, name its table and the flags that make it."""
     return [
         Row('1', 'baseline', *BASELINE),
         Row('1', '+ ER', '--pcm off --ecr_weight 0 --rvmin_weight 0', '--map cam'),
@@ -110,13 +101,13 @@ def list_rows(scales, alphas):
 
 # ----- the commands -----
 
-@functools.cache                    # what several rows need is made once
+@functools.cache                    # a command that several rows need runs once
 def run(script, *flags):
     run_child([sys.executable, os.path.join(ROOT, script), *map(str, flags)])
 
 
 def pass_on(args, *names):
-    """Flags of our own that a script has too, as words of its command; those without a value are left out."""
+    """Returns those of these flags that have a value, as words of a script's command. The script has the same flags."""
     words = []
     for name in names:
         value = getattr(args, name)
@@ -126,29 +117,29 @@ def pass_on(args, *names):
 
 
 def result_path(args, *words):
-    """Path of what the scripts of a seed make, named by the words: what it is, and flags."""
+    """Returns a path in the folder of the seed, named after the words: what it is, and flags."""
     name = re.sub(r'[^\w.+]+', '_', ' '.join(words)).strip('_')
     return os.path.join(args.out, f'seed{args.seed}', name)
 
 
 def train(args, script, session, *flags):
-    """A training that may have been stopped before, or be finished: its script decides. Returns its weights."""
+    """Runs a training, with --resume if there is a checkpoint. Returns the path of its weights."""
     resume = ['--resume'] if args.resume and os.path.isfile(session + '_last.pth') else []
     run(script, *pass_on(args, *SHARED_FLAGS, 'train_list', 'seed'), *flags, '--session_name', session, *resume)
     return session + '.pth'
 
 
 def infer(args, script, names, folders, *flags):
-    """Inference for a list of images, without those that have been through it for all of these result folders."""
+    """Runs inference on a list of images, without those that this run has already put into all of these folders."""
     wanted = load_img_name_list(names)
     todo = [name for name in wanted if not all(name in args.made[folder] for folder in folders)]
     if not todo:
         return
     if len(todo) < len(wanted):
-        # `run` goes by the path, and several lists may have one name
+        # the path of each remaining list is different, because `run` does not repeat a command
         rest = f'after {len(args.made[folders[0]])} the rest of'
         names = result_path(args, os.path.basename(folders[0]), rest, os.path.basename(names))
-        write_text(names, ''.join(f'{name}.jpg\n' for name in todo))       # with it, a name may have blanks
+        write_text(names, ''.join(f'{name}.jpg\n' for name in todo))       # names with blanks need an extension
     for folder in folders:
         args.made[folder].update(todo)
     resume = ['--resume'] if args.resume else []
@@ -156,7 +147,7 @@ def infer(args, script, names, folders, *flags):
 
 
 def make_toy(args):
-    """Drawings, and a classifier pretrained on them in place of ImageNet's."""
+    """Makes drawings, and trains a classifier on them that replaces the ImageNet weights."""
     args.voc12_root, session = result_path(args, 'toy'), result_path(args, 'pretrained')
     lists = os.path.join(args.voc12_root, 'ImageSets', 'Segmentation')
     args.list = args.train_list = os.path.join(lists, 'train.txt')
@@ -179,7 +170,7 @@ def make_cams(args, names, train_flags='', infer_flags=''):
 
 
 def make_crfs(args, names, alphas):
-    """The CRF of SEAM's CAMs of a list. Returns a folder for each alpha."""
+    """Makes the CRFs of SEAM's CAMs of a list. Returns their folders, one for each alpha."""
     cams, prefix = make_cams(args, names), result_path(args, 'crf')
     folders = [f'{prefix}_{alpha:.1f}' for alpha in alphas]
     infer(args, 'infer_SEAM.py', names, folders, '--cam_dir', cams, *args.infer, '--out_crf', prefix, '--crf_alpha',
@@ -196,7 +187,7 @@ def make_aff(args):
 
 
 def make_walk(args, names):
-    """Step 5: returns the folder of the pseudo labels of a list."""
+    """Step 5: makes the pseudo labels of a list. Returns their folder."""
     weights, cams, folder = make_aff(args), make_cams(args, names), result_path(args, 'walk')
     infer(args, 'infer_aff.py', names, [folder], '--network', args.network_aff, '--weights', weights, '--cam_dir', cams,
           '--out_rw', folder, *args.walk)
@@ -204,14 +195,14 @@ def make_walk(args, names):
 
 
 def truth_to_train_on(args):
-    """The folder of label maps for the network that is retrained on ground truth. VOC's own masks are of a part of
-    train_aug alone."""
+    """Returns the folder of ground truth to retrain on. SegmentationClass of VOC has masks for only a part of
+    train_aug."""
     augmented = os.path.join(args.voc12_root, AUG_GT_FOLDER)
     return args.train_gt or (augmented if os.path.isdir(augmented) else os.path.join(args.voc12_root, GT_FOLDER))
 
 
 def make_segmentation(args, folder, labels):
-    """Steps 7 and 8: a segmentation network trained on the label maps of a folder, and its own of --val_list."""
+    """Steps 7 and 8: trains a segmentation network on the label maps in `labels`, and runs it on --val_list."""
     seg = argparse.Namespace(network=args.network_seg, weights=args.weights_aff)
     weights = train(args, 'train_seg.py', folder + '_net', *pass_on(seg, 'network', 'weights'), '--label_dir', labels,
                     *args.train_seg)
@@ -220,7 +211,7 @@ def make_segmentation(args, folder, labels):
 
 
 def score(args, row):
-    """Makes what a row needs and evaluates it. Returns the dict of its _result.csv."""
+    """Makes what a row needs and evaluates it. Returns its _result.csv as a dict."""
     folder, truth = result_path(args, row.scored, row.train, row.infer), os.path.join(args.voc12_root, GT_FOLDER)
     names, kind = args.list, ['png']
     if row.scored == 'walk':
@@ -249,8 +240,8 @@ def mean_and_deviation(values):
 
 
 def markdown_row(row, records, published):
-    """A row of tables.md from its lines in tables.csv, one a seed. published: whether the paper's number may stand
-    beside it, if the list is VOC 2012 train."""
+    """Returns a row of tables.md from its records, one for each seed. published: whether the paper's number may stand
+    beside it if the list is VOC 2012 train."""
     cells = [row.name, ', '.join(record['seed'] for record in records)]
     for key in ('background_score', 'plateau'):
         cells.append(', '.join(f'{float(record[key]):.2f}' for record in records if record[key]))
@@ -262,7 +253,7 @@ def markdown_row(row, records, published):
 
 
 def write_tables(records, args):
-    """Writes tables.csv and tables.md, which it returns. records: dict (table, row, seed) -> line of tables.csv."""
+    """Writes tables.csv and tables.md. Returns the latter. records: dict (table, row, seed) -> line of tables.csv."""
     parser = get_args_parser()
     published = all(getattr(args, name) == parser.get_default(name) for name in PAPER_FLAGS)
     seeds = sorted({seed for _, _, seed in records}, key=int)
@@ -304,9 +295,8 @@ def get_args_parser():
     add('--list', help='list of the images to evaluate. Default: ImageSets/Segmentation/train.txt of the data root')
     add('--val_list', help='list of the images to evaluate retrained networks on. Default: val.txt beside --list')
     add('--train_gt',
-        help='label maps of the training images, for the row retrained on ground truth; not given: '
-             f'{AUG_GT_FOLDER} of the data root, which voc12/make_seg_aug.py makes, or where that is missing '
-             f'{GT_FOLDER}')
+        help='folder of label maps of the training images, for the row "retrained on ground truth". Default: '
+             f'{AUG_GT_FOLDER} of the data root, which voc12/make_seg_aug.py makes, or {GT_FOLDER}')
     add('--class_names',
         help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
     add('--cls_labels', help='image-level labels, see train_SEAM.py')
@@ -339,11 +329,11 @@ def get_args_parser():
 
 
 def parse_args():
-    """With --toy or --lite0, the flags that are not given have other defaults."""
+    """Parses the flags; --toy and --lite0 change the defaults of those that are not given."""
     parser = get_args_parser()
     args = parser.parse_args()
     if args.toy and (args.lite0 or args.aff_list):
-        parser.error('--toy has its own settings and images: no --lite0, no --aff_list')
+        parser.error('--toy has its own settings and images: leave out --lite0 and --aff_list')
     parser.set_defaults(**(TOY if args.toy else LITE0 if args.lite0 else {}))
     args = parser.parse_args()
     if not args.toy:
@@ -355,7 +345,7 @@ def parse_args():
 
 
 def choose_rows(args):
-    """The rows that are asked for. Raises BadInput."""
+    """Returns the rows of --table and --rows. Raises BadInput."""
     chosen = [row for row in list_rows(args.scales, args.alphas) if row.table in args.table
               or ('all' in args.table and row.table != 'retrain')]
     for text in args.rows or ():
@@ -366,8 +356,8 @@ def choose_rows(args):
 
 
 def check_settings(args):
-    """Keeps in --out the flags that its results depend on, files by their content. Raises BadInput where the results
-    that --resume would keep were made with others."""
+    """Writes the flags that the results depend on, files by their digest, into --out. Raises BadInput if --resume would
+    keep results that were made with other flags."""
     settings = {name: file_digest(value) if isinstance(value, str) and os.path.isfile(value) else value
                 for name, value in vars(args).items() if name not in FREE_FLAGS}
     before = read_settings(args.out) if args.resume else None
@@ -379,86 +369,11 @@ def check_settings(args):
     write_text(os.path.join(args.out, SETTINGS), json.dumps(settings, indent=1))
 
 
-def check_args(args):
-    """Raises BadInput for flags of our own that cannot be."""
-    check_range(args, 0, 2 ** 31, 'seeds')
-    check_range(args, 0.01, 100, 'scales', 'alphas')
-    folders = [f'{alpha:.1f}' for alpha in args.alphas]         # of infer_SEAM.py, named with one decimal
-    for name, values in (('seeds', args.seeds), ('scales', args.scales), ('alphas', folders)):
-        if len(set(values)) < len(values):
-            raise BadInput(f'--{name} {" ".join(map(str, values))}: each only once')
-
-
-def check_masks(names, folder, flag, whose):
-    """Raises BadInput where images have no mask in a folder, NAME.png."""
-    check_dir(folder, flag)
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name + '.png'))]
-    if missing:
-        raise BadInput(f'no such file: {os.path.join(folder, missing[0] + ".png")} ({flag}); {len(missing):,} of '
-                       f'{len(names):,} masks are missing, {whose}')
-
-
-def check_data(args, scored):
-    """Raises BadInput where a script would miss a list, an image, a label, a mask or weights only after hours. Returns
-    dict flag of a training script -> number of its images. scored: set, what the rows score."""
-    voc12_lists = importlib.import_module('voc12.lists')        # by name, for tool/ imports nothing of ours
-    class_names = voc12_lists.load_class_names(args.class_names)
-    for name in args.mean_classes or ():
-        if name not in ('background', *class_names):
-            raise BadInput(f'--mean_classes {name}: no such class; there are background, {", ".join(class_names)}')
-    if args.toy:                                                # its drawings are not there yet
-        return {}
-    needed = {'list': scored - {'seg', 'seg_truth'}, 'train_list': True, 'aff_list': args.aff_list,
-              'val_list': scored & {'seg', 'seg_truth'}}
-    names = {flag: load_img_name_list(getattr(args, flag), '--' + flag) for flag in needed if needed[flag]}
-    for flag in ('list', 'val_list'):
-        check_masks(names.get(flag, ()), os.path.join(args.voc12_root, GT_FOLDER), '--voc12_root',
-                    f'of the images of {getattr(args, flag)} (--{flag})')
-    if 'seg_truth' in scored:
-        check_masks(names['train_list'], truth_to_train_on(args), '--train_gt', 'of the images of '
-                    f'{args.train_list} (--train_list); voc12/make_seg_aug.py makes those of train_aug, see '
-                    'voc12/README.md')
-    for flag in names:
-        voc12_lists.check_images(names[flag], getattr(args, flag), args.voc12_root)
-    labelled = [name for flag in names if flag != 'val_list' for name in names[flag]]
-    voc12_lists.load_labels(labelled, args.cls_labels or 'voc12/cls_labels.npy', args.voc12_root, class_names)
-    if args.weights:
-        check_file(args.weights, '--weights')
-    size = len(names['train_list'])
-    return {'train': size, 'train_aff': len(names.get('aff_list', ())) or size, 'train_seg': size}
-
-
-def check_scripts(args, scored, sizes):
-    """Raises BadInput for flags, networks and short lists that a script would refuse only after hours of others.
-    scored, sizes: see `check_data`."""
-    needed = {'train': scored - {'seg_truth'}, 'train_aff': scored & {'walk', 'seg'},
-              'train_seg': scored & {'seg', 'seg_truth'}}
-    networks = {'train': (args.network, 'SEAM'), 'train_aff': (args.network_aff, 'affinity'),
-                'train_seg': (args.network_seg, 'segmentation')}
-    for flag, (name, *placeholders) in SCRIPTS.items():
-        script, words = importlib.import_module(name), getattr(args, flag)      # by name, as above
-
-        def refuse(message):
-            raise BadInput(f'--{flag} "{shlex.join(words)}": {message}')
-
-        parser = script.get_args_parser()
-        parser.error = refuse
-        flags = parser.parse_args([*placeholders, *words])
-        try:
-            script.check_args(flags)
-        except BadInput as error:
-            refuse(error)
-        if needed.get(flag):
-            import_network(*networks[flag], args.backbone)
-            if sizes and sizes[flag] < flags.batch_size:
-                refuse(f'there are {sizes[flag]} images to train on, fewer than --batch_size {flags.batch_size}')
-
-
 def main(args):
-    check_args(args)
+    check_numbers(args)
     rows = choose_rows(args)
     scored = {row.scored for row in rows}
-    check_scripts(args, scored, check_data(args, scored))
+    check_scripts(args, scored, check_data(args, scored, truth_to_train_on(args)))
     make_dir(args.out, '--out')
     check_settings(args)
     path, records = os.path.join(args.out, 'tables.csv'), {}
