@@ -264,11 +264,9 @@ def main(args):
                                   imutils.RandomResizeLong(*args.resize_long),
                                   transforms.RandomHorizontalFlip(),
                                   transforms.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
-                                  np.asarray,
-                                  imutils.normalize,
+                                  np.asarray, imutils.normalize,
                                   imutils.RandomCrop(args.crop_size),
-                                  imutils.HWC_to_CHW,
-                                  torch.from_numpy]))
+                                  imutils.HWC_to_CHW, torch.from_numpy]))
     check_batch_size(len(dataset), args.batch_size, args.train_list)
     max_step = len(dataset) // args.batch_size * args.max_epoches
     label_lines = check_training_labels(dataset.labels, class_names, args.train_list, args.cls_labels, args.class_names)
