@@ -22,8 +22,8 @@ LONG_CURVE = np.arange(100) / 100
 
 
 def score_image(name, args, thresholds, num_classes):
-    """Of one image: int64 (thresholds, K+1, K+1) confusion, and int64 (2, 256) pixels of each value in its ground truth
-    and, where that is not 255, in its label map (--type png; 0 for score dicts)."""
+    """Evaluates one image. Returns its confusion matrices, int64 (thresholds, K+1, K+1), and how many pixels have each
+    value, int64 (2, 256): in the ground truth and, where that is not 255, in the label map (0 for score dicts)."""
     gt_path = os.path.join(args.gt_dir, name + '.png')
     gt = image_files.read_label_map(gt_path, '--gt_dir')
     path = os.path.join(args.predict_dir, name + ('.png' if args.type == 'png' else '.npy'))
@@ -51,7 +51,7 @@ def score_image(name, args, thresholds, num_classes):
 
 
 def warn_of_values(values, categories, args):
-    """Prints what cannot be right about label maps. values: int64 (2, 256) pixels of each value, see `score_image`."""
+    """Prints warnings about label maps that are probably wrong. values: int64 (2, 256), see `score_image`."""
     truth, num_classes = values[0], len(categories) - 1
     if not truth[IGNORE] and not args.class_names:          # other data may do without the border
         print(f'warning: no file of {args.gt_dir} (--gt_dir) on the list has a pixel of 255, the border of VOC; '
@@ -64,8 +64,8 @@ def warn_of_values(values, categories, args):
               'whose IoU of 0 is part of the mean')
     if values[1, IGNORE]:
         share = 100 * values[1, IGNORE] / values[1].sum()
-        print(f'{share:.3g}% of the scored pixels are {IGNORE} in {args.predict_dir} (--predict_dir): no class, which '
-              'counts as wrong')
+        print(f'{share:.3g}% of the scored pixels are {IGNORE} in {args.predict_dir} (--predict_dir), which counts as '
+              'wrong')
     for what, counts in zip((f'{args.gt_dir} (--gt_dir)', f'{args.predict_dir} (--predict_dir)'), values):
         beyond = [value for value in np.flatnonzero(counts) if num_classes < value < IGNORE]
         if beyond:
@@ -75,7 +75,8 @@ def warn_of_values(values, categories, args):
 
 
 def evaluate(names, args, thresholds):
-    """int64 (thresholds, K+1, K+1) confusion over a list. Warns of label maps that cannot be right."""
+    """Returns the confusion matrices of a list of images, int64 (thresholds, K+1, K+1). Warns of label maps that are
+    probably wrong."""
     categories = ['background', *load_class_names(args.class_names)]
     work = functools.partial(score_image, args=args, thresholds=thresholds, num_classes=len(categories) - 1)
     matrices = values = 0
@@ -98,8 +99,8 @@ def add_to_log(path, text):
 
 
 def write_results(args, result, log, end, header, rows, lines):
-    """Writes `result` (dict) and a larger table as CSV, the log file's entry from the dict `log`, and prints the lines:
-    what can be written and printed is, before the BadInput for what cannot."""
+    """Writes `result` (dict) and a larger table (header, rows) as CSV files, appends the dict `log` to the log file,
+    and prints the lines. If one of these fails, the others are still done before BadInput is raised."""
     entry = [f'{time.strftime("%Y-%m-%d %H:%M:%S")}\t{" ".join(args.comment.split())}',
              '  '.join(f'{key}:{value}' for key, value in log.items()), '=' * 37]
     try:
@@ -113,20 +114,20 @@ def write_results(args, result, log, end, header, rows, lines):
 
 
 def suggest_alphas(score, num_images):
-    """A line on the exponents that go with the best background score, in (0, 1), of so many images."""
+    """Returns a line that suggests exponents for the best background score, in (0, 1), of so many images."""
     low, high, walk = exponents_to_start_with(score)
     images = 'image' if num_images == 1 else 'images'
-    return (f'it is that of CRF alpha {exponent_of(score):.1f}, where (1 - score)^alpha = score. From the ground truth '
-            f'of {num_images:,} {images}, one alpha below and one well above it suit train_aff.py: --crf_alpha '
-            f'{low:.1f} {high:.1f}, and infer_aff.py --alpha {walk:.1f} is where to start with the random walk')
+    return (f'it corresponds to CRF alpha {exponent_of(score):.1f}, where (1 - score)^alpha = score. Judged by the '
+            f'ground truth of {num_images:,} {images}, start with one alpha below and one well above it for '
+            f'train_aff.py, --crf_alpha {low:.1f} {high:.1f}, and with infer_aff.py --alpha {walk:.1f}')
 
 
 def report_curve(thresholds, matrices, categories, chosen, result, args):
-    """Reports the curve, its best point and the exponents that go with it. chosen: indices of --mean_classes, or None.
-    result: dict of what is known of the run."""
+    """Reports the curve, its best point and the exponents that suit it. chosen: indices of --mean_classes, or None.
+    result: dict, the first columns of _result.csv."""
     means = mean_measures(matrices, chosen)                             # of (thresholds,)
     ranked = means['mIoU' if chosen is None else 'mIoU_chosen']
-    # the reference's curve ends at 0.59; where it has its best point near there, it goes on
+    # the reference's curve ends at 0.59; if the best point is close to that end, ours goes on
     count = len(args.t_list or CURVE)
     shown = len(thresholds) if ranked[:count].argmax() >= count - 10 else count
     best = ranked[:shown].argmax()
@@ -201,15 +202,15 @@ def get_args_parser():
 
 def check_args(args):
     if (args.curve or args.t_list) and not (args.curve and args.type == 'npy'):
-        raise BadInput('a curve, with or without --t_list, is made from score dicts: --type npy --curve True')
+        raise BadInput('--curve and --t_list need CAM dicts: add --type npy --curve True')
     if args.type == 'npy' and not args.curve and args.t is None:
-        raise BadInput('--type npy needs a background score, --t, or --curve')
+        raise BadInput('--type npy needs a background score (--t) or --curve')
     check_range(args, -1000, 1000, 't', 't_list')
     if args.t_list and sorted(args.t_list) != args.t_list:
-        raise BadInput('--t_list must ascend')
+        raise BadInput(f'--t_list {args.t_list} must ascend')
     check_range(args, 0, 256, 'num_workers')
     if os.path.isdir(args.logfile) or not os.path.basename(args.logfile):
-        raise BadInput(f'--logfile names a folder, {args.logfile}: name a file in it')
+        raise BadInput(f'--logfile {args.logfile} is a folder: name a file in it')
     folder = os.path.dirname(os.path.abspath(args.logfile))
     make_dir(folder, '--logfile')
     if args.out_prefix is None:
@@ -220,7 +221,7 @@ def check_args(args):
 
 
 def check_files(names, args):
-    """Raises BadInput where files of the list are missing, or the log cannot be written: before the work."""
+    """Raises BadInput before the work if files of the list are missing or the log file cannot be written."""
     missing = {'--gt_dir': [], '--predict_dir': []}             # the errors
     for name in names:
         for flag, errors in missing.items():

@@ -235,8 +235,8 @@ def check_args(args):
     check_range(args, -1000, 1000, 'out_cam_pred_alpha')
     check_range(args, 0, 256, 'num_workers', 'crf_workers')
     if args.out_crf and len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
-        raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them would write to the same folder, because its name has '
-                       'one decimal')
+        raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them would write to the same folder, whose name has one '
+                       'decimal')
 
 
 def scores_of_pictures(crf_alphas, has_label_maps, label_score):

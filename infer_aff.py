@@ -27,8 +27,9 @@ MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf
 
 
 def walk_seeds(cam_dict, alpha, size):
-    """Random-walk seeds of a CAM dict {class from 0: (H, W)}: float32 (1 + classes in it, *size), the background first,
-    (1 - the largest map)^alpha, then the classes in order. `size` is the padded size; the padding is 0 throughout."""
+    """Returns the seeds of the random walk from a CAM dict {class from 0: (H, W)}: float32 (1 + classes in it, *size),
+    first the background, (1 - the largest map)^alpha, then the classes in order. size: (H, W) with the padding, which
+    is 0 in all of them."""
     h, w = next(iter(cam_dict.values())).shape
     scores = np.zeros((1 + len(cam_dict), *size), np.float32)
     scores[1:, :h, :w] = [cam_dict[key] for key in sorted(cam_dict)]
@@ -38,7 +39,7 @@ def walk_seeds(cam_dict, alpha, size):
 
 
 def random_walk(scores, aff, radius, beta, logt):
-    """Spreads scores (K, h, w) over pixels with high affinity: 2^logt steps (Ahn and Kwak 2018, eq. 9-10).
+    """Spreads scores (K, h, w) to pixels with high affinity in 2^logt steps (Ahn and Kwak 2018, eq. 9-10).
 
     aff: (1, offsets, from) of AffinityNet at `radius`. The transition matrix is the symmetric affinity (unit
     diagonal) to the power beta, each column divided by its sum. It has at most 69 entries a column, so each
@@ -53,7 +54,7 @@ def random_walk(scores, aff, radius, beta, logt):
     values = torch.cat([aff.reshape(-1), aff.reshape(-1), aff.new_ones(h * w)]) ** beta
     values = values / values.new_zeros(h * w).index_add(0, columns, values)[columns]
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Sparse')         # CSR is called beta, whatever its use; checks are off
+        warnings.filterwarnings('ignore', 'Sparse')         # PyTorch warns that CSR is in beta
         # transposed, so that a step is `matrix @ scores`
         matrix = torch.sparse_coo_tensor(torch.stack([columns, rows]), values, (h * w, h * w), check_invariants=False)
         matrix = matrix.to_sparse_csr()
@@ -64,14 +65,14 @@ def random_walk(scores, aff, radius, beta, logt):
 
 
 def crf_disagreement(name, folders, size, num_classes):
-    """bool, of size (H, W): where the labels of two CRF folders differ. Raises BadInput for files that do not fit."""
+    """Returns where the labels in two CRF folders differ, bool (H, W) = size. Raises BadInput for wrong files."""
     low, high = (score_files.load_fitting(folder, name, '--ignore_crf', 'crf', size, num_classes) for folder in folders)
     return score_files.strongest_label(low) != score_files.strongest_label(high)
 
 
 def refine_walk(scores, present, img, num_classes, backend, device):
-    """The CRF of the walk's scores, float32 (K, H, W) as they are, for the labels `present`; absent labels take part
-    with 0. img: the normalised image, float32 (3, H, W)."""
+    """Applies the CRF to the walk's scores, float32 (K, H, W), of the labels `present`; all other labels have 0. The
+    scores are not normalised first. img: the normalised image, float32 (3, H, W). Returns float32 (K, H, W)."""
     everything = np.zeros((1 + num_classes, *scores.shape[1:]), np.float32)
     everything[present] = scores
     return crf.crf_inference(imutils.denormalize(img), everything, crf.WALK_CRF.iterations,
@@ -79,8 +80,8 @@ def refine_walk(scores, present, img, num_classes, backend, device):
 
 
 def normalize_scores(scores):
-    """float32 (K, H, W), background first -> the same, >= 0, with a sum of 1 at each pixel; where no score is above 0,
-    the background is 1."""
+    """Scales scores, float32 (K, H, W), background first, so that they are >= 0 and sum to 1 at each pixel. Where no
+    score is above 0, the background becomes 1."""
     scores = np.maximum(scores, 0)
     scores[0, scores.max(axis=0) == 0] = 1
     return scores / scores.sum(axis=0)
@@ -88,12 +89,12 @@ def normalize_scores(scores):
 
 def write_results(name, scores, present, img, ignored, num_classes, label_folder, score_folder, use_crf, ignore_below,
                   backend, device):
-    """Writes the pseudo label of the image `name` and, where there is a score_folder, its scores; the job of a worker
-    process where there is a CRF.
+    """Writes the pseudo label of the image `name` and, if there is a score_folder, its scores. With a CRF it may run in
+    a worker process.
 
-    scores: float32 (K, H', W') of the walk, for the labels `present`, at the padded size; img: the padded normalised
-    image, float32 (3, H', W'). ignored: bool (H, W), where 255 is written in any case. Returns the share of pixels that
-    are background, None where that is the only label.
+    scores: float32 (K, H', W') of the walk at the padded size, for the labels `present`. img: the padded normalised
+    image, float32 (3, H', W'). ignored: bool (H, W), pixels that become 255. Returns the share of background pixels, or
+    None if the background is the only label.
     """
     if use_crf and len(present) > 1:
         scores = refine_walk(scores, present, img, num_classes, backend, device)
@@ -145,7 +146,7 @@ def get_args_parser():
     add('--out_rw', default='out_rw', help='folder to write the pseudo labels to, NAME.png')
     add('--out_prob', help='folder to write the scores of the walk to, NAME.npy, in the format of the CRF dicts')
     add('--ignore_below', default=0.0, type=float,
-        help='write 255 (ignored) where the largest score is less than this share of the sum of all')
+        help='write 255 (ignored) where the largest score is less than this share of the sum of all scores')
     add('--ignore_crf', nargs=2, metavar=('LA', 'HA'),
         help='write 255 (ignored) where the labels of these two CRF folders differ')
     add('--vis_dir', help='folder to write pictures of the labels to, NAME.jpg')
@@ -169,9 +170,9 @@ def check_args(args):
 
 
 def walk_image(net, img, cam_dict, alpha, beta, logt, device='cpu', amp='off'):
-    """The random walk of one image. img: normalised (3, H, W), sides multiples of STRIDE; cam_dict: its CAMs, up to
-    STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first; without any class,
-    that is 1 and the network does not run."""
+    """Runs the random walk of one image. img: normalised (3, H, W), whose sides are multiples of STRIDE. cam_dict: its
+    CAMs, up to STRIDE - 1 pixels smaller. Returns float32 (1 + classes in cam_dict, H, W), the background first.
+    Without any class the network does not run and the background is 1."""
     if not cam_dict:
         return np.ones((1, *img.shape[1:]), np.float32)
     img = img.to(device)
@@ -184,8 +185,8 @@ def walk_image(net, img, cam_dict, alpha, beta, logt, device='cpu', amp='off'):
 
 
 def save_pictures(names, folder, voc12_root, vis_dir):
-    """Writes images and their pseudo labels, of a ResultFolder, side by side."""
-    finished = folder.finished()        # the others were skipped, or are another rank's
+    """Writes a JPEG for each image: the image and its pseudo label from a ResultFolder, side by side."""
+    finished = folder.finished()        # other images were skipped, or belong to another rank
     for name in filter(finished.__contains__, names):
         with no_more_than_a_warning(f'no picture of {name}'):
             img = np.asarray(image_files.read_image(get_img_path(name, voc12_root)))

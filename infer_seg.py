@@ -29,9 +29,9 @@ MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf
 
 @torch.inference_mode()
 def multi_scale_probability(net, img, scales, flip=True, device='cpu', amp='off'):
-    """Class probabilities of an image, float32 (1+C, H, W): the softmax of the mean logits over scales and mirrors.
+    """Returns class probabilities, float32 (1+C, H, W): the softmax of the mean logits over scales and mirrors.
 
-    img: float32 (H, W, 3), normalised before it is rescaled. Each pass's logits are enlarged to (H, W) before the mean.
+    img: float32 (H, W, 3), normalised before it is rescaled. The logits of each pass are resized to (H, W) first.
     """
     total, passes = 0, 0
     for scale in scales:
@@ -46,16 +46,16 @@ def multi_scale_probability(net, img, scales, flip=True, device='cpu', amp='off'
 
 
 def tile_starts(side, tile):
-    """Where the tiles of an image's side begin, in pixels: as few as overlap by a quarter of a tile or more, evenly
-    spread, the first at 0 and the last at the end."""
+    """Returns where the tiles of an image's side begin, in pixels: the smallest number of evenly spaced tiles that
+    overlap by a quarter or more."""
     last = max(side - tile, 0)
     count = math.ceil(last / (tile * 3 // 4)) + 1
     return [last * number // max(count - 1, 1) for number in range(count)]
 
 
 def tiled_probability(net, img, tile, scales, flip=True, device='cpu', amp='off'):
-    """As `multi_scale_probability`, tile by tile; where tiles overlap, the mean of their probabilities. tile: pixels of
-    a side before it is rescaled; a tile that holds the image is the image."""
+    """Runs `multi_scale_probability` on overlapping tiles and averages their probabilities. tile: side of a tile in
+    pixels, before it is rescaled; if the image is smaller, there is one tile, the image."""
     h, w = img.shape[:2]
     total, count = None, np.zeros((h, w), np.float32)
     for top in tile_starts(h, tile):
@@ -70,8 +70,8 @@ def tiled_probability(net, img, tile, scales, flip=True, device='cpu', amp='off'
 
 
 def write_results(name, prob, img, label_folder, prob_folder, use_crf, backend, device, class_names=(), vis_dir=None):
-    """Writes label map, probabilities and picture of the image `name`, the first two into their ResultFolders; None for
-    what is not asked for. The job of a worker process where there is a CRF.
+    """Writes the label map and the probabilities of the image `name` into their ResultFolders, and a picture into
+    vis_dir; each of these three may be None. With a CRF it may run in a worker process.
 
     prob: float32 (1+C, H, W); img: float32 (H, W, 3), normalised.
     """
@@ -102,8 +102,8 @@ def get_args_parser():
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
     either = parser.add_mutually_exclusive_group().add_argument
     either('--infer_list', default='voc12/val.txt', help='list of the images to process')
-    either('--images', nargs='+', metavar='PATH', help='image files, and folders with their sub-folders, to work on in '
-           'place of --voc12_root and --infer_list')
+    either('--images', nargs='+', metavar='PATH', help='image files and folders (with sub-folders) to process instead '
+           'of --voc12_root and --infer_list')
     add('--class_names',
         help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
     add('--num_workers', default=8, type=int, help='number of loader processes; 0 loads images in the main process')
@@ -121,7 +121,7 @@ def get_args_parser():
         help='test scales, as factors of the image size')
     add('--flip', default=1, type=int, choices=[0, 1], help='1 also runs the mirror image at each scale; 0 does not')
     add('--tile', type=int, metavar='SIDE', help='for large images: run the network on overlapping squares of this '
-        'many pixels and average their probabilities; needs less memory, and the network sees less around a pixel')
+        'side, in pixels, and average their probabilities; less memory, but the network sees less around each pixel')
     add('--crf', default='on', choices=['on', 'off'], help='apply one iteration of the dense CRF to the probabilities')
     add('--crf_backend', choices=['pydensecrf', 'torch'],
         help='implementation of the CRF; torch runs on --device. Default: pydensecrf if it is installed, else torch')
@@ -143,7 +143,7 @@ def get_args_parser():
 
 def check_args(args):
     if not (args.out_seg or args.out_prob):
-        raise BadInput('nothing to write: give --out_seg or --out_prob')
+        raise BadInput('there is nothing to write: give --out_seg or --out_prob')
     check_range(args, 0.01, 100, 'scales')
     check_range(args, 0, 256, 'num_workers', 'crf_workers')
     check_range(args, 32, 100000, 'tile')

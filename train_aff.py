@@ -24,17 +24,18 @@ from voc12.masks import find_labels
 # ----- the objective -----
 
 def pair_counts(labels):
-    """float32 (3,): how many pairs are background, foreground, different. labels: the three (N, offsets, from)."""
+    """Returns how many pairs are background, foreground and different, float32 (3,). labels: three (N, offsets, from).
+    """
     return torch.stack([label.sum() for label in labels])
 
 
 def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
     """AffinityNet's loss (Ahn and Kwak 2018, eq. 5-7). All (N, offsets, from): aff in (0, 1], labels 0 or 1.
 
-    Returns a dict of scalars: bg_loss, fg_loss, neg_loss, each a mean over the pairs of its kind in the batch
-    (0 where there is none), and loss = bg_loss/4 + fg_loss/4 + neg_loss/2.
-    counts: where these are one of n parts of a batch, `pair_counts` of the batch / n: the mean over the parts is then
-    the loss of the batch, whichever part the pairs are in.
+    Returns a dict of scalars: bg_loss, fg_loss, neg_loss, each a mean over the pairs of its kind in the batch (0 if
+    there are none), and loss = bg_loss/4 + fg_loss/4 + neg_loss/2.
+    counts: if these are one of n parts of a batch, pass `pair_counts` of the whole batch / n. The mean of the parts'
+    losses is then the loss of the batch, whichever parts the pairs are in.
     """
     labels = bg_label, fg_label, neg_label
     counts = pair_counts(labels) if counts is None else counts
@@ -106,7 +107,7 @@ def check_args(args):
     check_training_args(args)
     check_range(args, 1, 10 ** 6, 'max_epoches')
     if args.crop_size % STRIDE or args.crop_size < 5 * STRIDE:      # on 4 x 4 cells no two form a pair
-        raise BadInput(f'--crop_size {args.crop_size}: a multiple of {STRIDE} from {5 * STRIDE} on is needed')
+        raise BadInput(f'--crop_size {args.crop_size} must be a multiple of {STRIDE}, and {5 * STRIDE} or more')
     check_dir(args.la_crf_dir, '--la_crf_dir')
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
 
@@ -122,7 +123,7 @@ def main(args):
     dataset = VOC12AffDataset(
         args.train_list, label_la_dir=args.la_crf_dir, label_ha_dir=args.ha_crf_dir,
         cropsize=args.crop_size, voc12_root=args.voc12_root, radius=net.radius, num_classes=len(class_names),
-        # the crop comes before the normalisation: what lies outside the image is black, not the mean colour
+        # the crop comes before the normalisation, so pixels outside the image are black, not of the mean colour
         transforms=[imutils.OnImage(ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)),
                     imutils.OnBoth(imutils.RandomCrop(args.crop_size)), imutils.OnImage(imutils.normalize),
                     imutils.OnBoth(imutils.RandomHorizontalFlip()), imutils.OnLabel(imutils.AvgPool2d(STRIDE))])
@@ -153,15 +154,15 @@ def main(args):
     log = open_log(args.session_name, optimizer.global_step if args.resume else None, [
         *describe_run(vars(args), device), f'{args.train_list}: {describe_list(dataset.img_name_list, class_names)}'])
     if len(find_labels(dataset.sample_labels())) < 2:
-        log(f'warning: the images looked at have fewer than two labels, so there is nothing to learn: objects are what '
-            f'{args.la_crf_dir} (--la_crf_dir) calls objects, and background is what {args.ha_crf_dir} (--ha_crf_dir) '
-            'calls background; choose other exponents (--crf_alpha of infer_SEAM.py)')
+        log('warning: a sample of the images has fewer than two labels, so there is nothing to learn. '
+            f'{args.la_crf_dir} (--la_crf_dir) decides what is object, {args.ha_crf_dir} (--ha_crf_dir) what is '
+            'background: choose other exponents (--crf_alpha of infer_SEAM.py)')
     make_loader = functools.partial(
         DataLoader, SeededDataset(dataset, args.seed), collate_fn=collate, num_workers=args.num_workers,
         pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     loader = make_loader(batch_sampler=batches)
     if from_scratch:
-        log('no --weights: starts from random weights; expect weak affinities. Calibrating batch norm ...')
+        log('no --weights: training starts from random weights; expect weak affinities. Calibrating batch norm ...')
         first = StepBatches(len(dataset), args.batch_size, 0, min(10, max_step), args.seed, share=False)
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in read_batches(make_loader(batch_sampler=first))))
     model = parallel(net.train(), device)

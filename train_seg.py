@@ -26,16 +26,16 @@ from voc12.masks import find_labels
 # ----- the objective -----
 
 def count_pixels(label):
-    """How many pixels of label maps (N, H, W) count, a tensor."""
+    """Returns how many pixels of label maps (N, H, W) are not ignored, a tensor."""
     return (label != IGNORE).sum()
 
 
 def segmentation_loss(logits, label, count=None):
-    """Cross entropy, the mean over all pixels of the batch that are not 255.
+    """Cross entropy, averaged over all pixels of the batch that are not 255.
 
-    logits: (N, 1+C, H, W); label: integers (N, H, W), 0 background, 1..C, 255 ignored. count: `count_pixels` of the
-    whole batch, where this is a part of it: the losses of the parts then add up. Returns a dict with `loss`, a scalar,
-    0 where no pixel counts.
+    logits: (N, 1+C, H, W); label: integers (N, H, W), 0 background, 1..C, 255 ignored. count: if this is a part of a
+    batch, pass `count_pixels` of the whole batch; the losses of the parts then add up. Returns a dict with the scalar
+    `loss`, which is 0 if all pixels are ignored.
     """
     count = count_pixels(label) if count is None else count
     total = F.cross_entropy(logits, label.long(), ignore_index=IGNORE, reduction='sum')
@@ -43,7 +43,7 @@ def segmentation_loss(logits, label, count=None):
 
 
 def normalize_whole_image(img):
-    """float32 (3, H, W) of a PIL image for the validation, as infer_seg.py normalises it."""
+    """Normalises a PIL image for the validation, as infer_seg.py does. Returns float32 (3, H, W)."""
     return imutils.HWC_to_CHW(imutils.normalize(np.asarray(img, np.float32)))
 
 
@@ -128,7 +128,7 @@ def check_args(args):
     if args.scale_range[0] > args.scale_range[1]:
         raise BadInput(f'--scale_range {args.scale_range}: the smaller value comes first')
     if args.sync_bn and (args.freeze_bn or get_rank()[1] == 1):
-        raise BadInput('--sync_bn is for ranks of torchrun with GPUs, and without --freeze_bn')
+        raise BadInput('--sync_bn needs torchrun with several GPUs, and no --freeze_bn')
 
 
 def main(args):
@@ -157,7 +157,8 @@ def main(args):
         num_classes=len(class_names), freeze_bn=args.freeze_bn, bn_momentum=args.bn_momentum,
         checkpointing=args.checkpointing)
     if args.sync_bn and net.takes_backbone:
-        raise BadInput(f'--sync_bn is not for {args.network}: the batch norms of timm have activations in them')
+        raise BadInput(f'--sync_bn is not possible with {args.network} (--network): the batch norms of timm contain '
+                       'activations')
     groups = net.get_parameter_groups()         # weights, biases, new weights, new biases
     optimizer = PolyOptimizer([
         {'params': groups[0], 'lr': args.lr, 'weight_decay': args.wt_dec},
@@ -171,7 +172,7 @@ def main(args):
         load_weights(net, args.weights, new_heads=net.new_heads)
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
     if from_scratch and args.freeze_bn:
-        raise BadInput('--freeze_bn needs --weights: random ones have no statistics to keep')
+        raise BadInput('--freeze_bn needs --weights, because random weights have no statistics to keep')
     net.to(device, memory_format=choose_memory_format(net, device, args.amp, training=True))
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            label_dir=describe_folder(args.label_dir, 'label_dir'))
@@ -187,9 +188,9 @@ def main(args):
         log('no --weights: starts from random weights')
     labels = find_labels(dataset.read_label(name) for name in dataset.img_name_list)
     if len(labels) < 2:
-        log(f'warning: the label maps in {args.label_dir} (--label_dir) have no values but '
+        log(f'warning: the label maps in {args.label_dir} (--label_dir) contain only '
             f'{" and ".join(map(str, [*labels, IGNORE]))}, so there is nothing to learn: 0 is the background, '
-            f'{IGNORE} is ignored, and objects are 1 to {len(class_names)}, the classes of --class_names')
+            f'{IGNORE} is ignored, and 1 to {len(class_names)} are the classes of --class_names')
     loader = DataLoader(SeededDataset(dataset, args.seed), batch_sampler=batches, collate_fn=collate,
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if args.sync_bn:
