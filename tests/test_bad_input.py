@@ -64,7 +64,7 @@ def test_truncated_image_in_the_middle_of_training_keeps_what_was_learned(voc):
     truncate(image(voc, names[0]))
     result = train(voc, '--num_workers', 1, '--max_epochs', 50, '--weights', make_start(voc))
     refused(result, image(voc, names[0]).name)
-    assert '--resume goes on' in result.stdout and torch.load(voc / 'run_last.pth', weights_only=True)['step'] > 0
+    assert '--resume' in result.stdout and torch.load(voc / 'run_last.pth', weights_only=True)['step'] > 0
     assert not (voc / 'run.pth').exists()
 
 

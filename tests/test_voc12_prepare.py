@@ -200,7 +200,8 @@ def test_untidy_source_lists_give_the_same_lists(text, devkit, tmp_path):
 def test_names_twice_are_written_once_and_told(devkit, tmp_path, capsys):
     write(devkit / 'ImageSets' / 'Segmentation' / 'val.txt', '\n'.join(VAL + VAL[:1]))
     assert run_lists(devkit, tmp_path / 'out')['val.txt'].count('\n') == len(VAL)
-    assert f'1 names more than once, kept once: {VAL[0]}' in capsys.readouterr().out
+    line, = [line for line in capsys.readouterr().out.splitlines() if 'more than once' in line]
+    assert 'val.txt' in line and VAL[0] in line
 
 
 def test_names_without_image_are_told(devkit, tmp_path, capsys):
@@ -444,7 +445,7 @@ def test_class_list_with_a_background_or_with_colours_is_refused(name, tmp_path)
 
 
 def test_class_list_on_one_line_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="has one line, 'cat, dog'; write one name a line"):
+    with pytest.raises(BadInput, match="names.txt .--class_names.*'cat, dog'"):
         load_class_names(str(write(tmp_path / 'names.txt', 'cat, dog\n')))
 
 

@@ -1,4 +1,4 @@
-"""A training run: its steps and progress lines, its checkpoints, and how it is stopped and taken up again."""
+"""A training run: its steps, progress lines and checkpoints, and how it stops and resumes."""
 import atexit
 import errno
 import hashlib
@@ -25,7 +25,7 @@ MEMORY_HELP = ('--accum 2 or more, --checkpointing, --amp bf16, a smaller --batc
 
 
 def check_training_args(args):
-    """Raises BadInput for flags of the training scripts that cannot be."""
+    """Raises BadInput for flags of the training scripts that are out of range or contradict each other."""
     check_range(args, 1, 10 ** 6, 'batch_size', 'accum', 'save_every', 'log_every')
     check_range(args, 0, 256, 'num_workers')
     check_range(args, 0, 100, 'lr', 'wt_dec')
@@ -36,21 +36,21 @@ def check_training_args(args):
         raise BadInput(f'--batch_size {args.batch_size} does not divide into --accum {args.accum} parts'
                        f' on each of {ranks} ranks')
     if not os.path.basename(args.session_name):
-        raise BadInput(f'--session_name {args.session_name} ends in a folder; name the files in it: '
+        raise BadInput(f'--session_name {args.session_name} is a folder: add a name for the files in it, '
                        f'{args.session_name}NAME')
     if args.weights:
         check_file(args.weights, '--weights')
 
 
 def check_batch_size(size, batch_size, train_list):
-    """Raises BadInput where a list of `size` images, of the file `train_list`, does not fill one batch."""
+    """Raises BadInput if the list in the file `train_list`, of `size` images, does not fill one batch."""
     if size < batch_size:
         raise BadInput(f'{train_list} (--train_list) has {size} images, fewer than --batch_size {batch_size}')
 
 
 def set_up(seed, device, tf32=False, amp='off', deterministic=False, one_gpu=False):
-    """Seeds the random numbers and returns the torch.device of `--device`, see `get_device`; deterministic: the same
-    bits from the same seed on a GPU. Writes nothing. Raises BadInput."""
+    """Seeds the random numbers and returns the torch.device of `--device`, see `get_device`. deterministic: on a GPU,
+    the same seed gives the same bits. Writes nothing. Raises BadInput."""
     set_seed(seed)
     device = get_device(device, tf32, one_gpu)
     check_replicas(device, amp)
@@ -62,8 +62,8 @@ def set_up(seed, device, tf32=False, amp='off', deterministic=False, one_gpu=Fal
 
 
 def open_log(session_name, step, lines, keep_best=False):
-    """The Logger of a run, with `lines` at its head. A new run (step None) says which files of an earlier one it
-    replaces; a resumed one goes on with update number `step`."""
+    """Opens the Logger of a run, which begins with `lines`. A new run (step None) warns of the files of an earlier run
+    that it replaces; a resumed run continues with update number `step`."""
     last = session_name + '_last.pth'
     paths = [session_name + '.pth', last, session_name + '.log', session_name + '.jsonl']
     if keep_best:
@@ -83,13 +83,13 @@ def open_log(session_name, step, lines, keep_best=False):
 # ----- the steps -----
 
 def training_steps(loader, meter, log, checkpoint, validation=None, writer=None):
-    """Yields (step, names, the other parts of the batch on the network's device) from the checkpoint's step on, each
-    with random numbers of its own. The body of the loop makes one update, and adds its losses to `meter`.
+    """Yields (step, names, the other parts of the batch on the network's device), from the checkpoint's step on. Each
+    step has its own random numbers. The body of the loop makes one update and adds its losses to `meter`.
 
-    loader: of StepBatches. After every epoch and every `save_every` steps, the first rank saves the checkpoint. So too
-    when the run ends early: by a signal, with exit code 128 + its number, or by BadInput for an unreadable image, which
-    the user may repair or take out of the list, see `Checkpoint.resume`. validation: a Validation of
-    tool/validation.py, which comes after the checkpoint of an epoch, or None. writer: TensorBoard's, for its numbers.
+    loader: of StepBatches. The first rank saves the checkpoint after every epoch, after every `save_every` steps, and
+    when the run ends early: by a signal, with exit code 128 + its number, or by the BadInput of an unreadable image,
+    which the user may repair or take out of the list, see `Checkpoint.resume`. validation: a Validation of
+    tool/validation.py, which runs after the checkpoint of an epoch, or None. writer: TensorBoard's, or None.
     """
     rank, _ = get_rank()
     batches, optimizer = loader.batch_sampler, checkpoint.optimizer
@@ -119,18 +119,18 @@ def training_steps(loader, meter, log, checkpoint, validation=None, writer=None)
     except BadInput:            # on any rank: all have the same weights
         meter.check()
         checkpoint.save()
-        log(f'stopped after {optimizer.global_step} steps; the same command with --resume goes on, also with a list '
-            'that no longer has the image')
+        log(f'stopped after {optimizer.global_step} steps; the same command with --resume continues, also if you take '
+            'the image out of the list')
         raise
     if dist.is_initialized():       # all ranks come to their end together
         dist.destroy_process_group()
     if stopped:
-        log(f'stopped by a signal after {optimizer.global_step} steps; the same command with --resume goes on')
+        log(f'stopped by a signal after {optimizer.global_step} steps; the same command with --resume continues')
         sys.exit(stopped)
 
 
 def _move(value, device):
-    """A tensor, or those in lists of lists, on the device."""
+    """Moves a tensor, or nested lists of tensors, to the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     return [_move(part, device) for part in value]
@@ -139,8 +139,8 @@ def _move(value, device):
 def report_progress(log, timer, batches, optimizer, step, means):
     """Logs the `Iter:` line of the reference, and a record of everything: step, epoch, means, lr, images/s, memory.
 
-    batches: the StepBatches. step: the number of the last update, from 0. means: dict of floats; the line shows the
-    losses, AffinityNet's numbers of pairs (cnt) and the mAP (not None), where they are there.
+    batches: the StepBatches. step: the number of the last update, from 0. means: dict of floats. The line shows those
+    of its losses, AffinityNet's numbers of pairs (cnt) and mAP that exist.
     """
     lr = optimizer.param_groups[0]['lr']
     speed, finish = timer.report(step + 1, batches.max_step, batches.batch_size)
@@ -160,15 +160,15 @@ def report_progress(log, timer, batches, optimizer, step, means):
 
 # ----- checkpoints -----
 
-# what a resumed run may change without ending elsewhere, except for rounding; with another `accum`, dropout draws other
-# masks, and a batch norm that trains sees other batches
+# flags that a resumed run may change: the result stays the same, except for rounding. (With another `accum`, dropout
+# draws other masks, and a batch norm that trains sees other batches)
 FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'log_every', 'tblog_dir', 'weights', 'reset_head', 'val_list',
                   'val_every', 'keep_best', 'voc12_root', 'num_workers', 'device', 'deterministic', 'accum',
                   'checkpointing'}
 
 
 def _save(what, path):
-    """torch.save of all or nothing. Raises BadInput where the disk is full."""
+    """Runs torch.save; the file is written whole or not at all. Raises BadInput if the disk is full."""
     with atomic_write(path) as file:
         try:
             torch.save(what, file)
@@ -185,23 +185,23 @@ def save_weights(net, path, leave_out=()):
 
 
 def digest(value):
-    """Eight bytes (hex) that follow from a value of lists, dicts, arrays, text and numbers."""
+    """Returns eight bytes (hex) computed from a value of lists, dicts, arrays, text and numbers."""
     text = json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def digest_inputs(train_list, **others):
-    """What tells the inputs of a training from others, wherever they lie: for each flag the `digest` of what was read,
-    and as `images` that of the name and label of each image, by which `resume` knows images taken out of the list.
-    train_list: the names; cls_labels, where labels are read: dict name -> label."""
+    """Returns what identifies the inputs of a training, whatever their paths: for each flag the `digest` of what was
+    read, and as `images` the digest of the name and label of each image, by which `Checkpoint.resume` recognises images
+    that were taken out of the list. train_list: the names; cls_labels: dict name -> label, if labels are read."""
     labels = others.get('cls_labels', {})
     images = [digest([name, labels.get(name)]) for name in train_list]
     return {'images': images, **{flag: digest(value) for flag, value in {'train_list': train_list, **others}.items()}}
 
 
 class Checkpoint:
-    """All that a training needs to go on, in <session_name>_last.pth. flags: dict of the arguments. inputs: of
-    `digest_inputs`. save_every: steps between two saves, for `training_steps`."""
+    """All that a training needs to continue, in the file <session_name>_last.pth. flags: dict of the arguments. inputs:
+    see `digest_inputs`. save_every: number of steps between two saves, for `training_steps`."""
 
     def __init__(self, session_name, net, optimizer, scaler, flags, inputs, save_every):
         self.session_name, self.path = session_name, session_name + '_last.pth'
@@ -211,18 +211,18 @@ class Checkpoint:
 
     def save(self):
         """Writes weights, optimizer, number of updates, and the flags and inputs that `resume` compares.
-        Raises NotFinite rather than put ruined weights in place of good ones."""
+        Raises NotFinite, and keeps the file of before, if the weights are not finite."""
         step = self.optimizer.global_step
         if not all(tensor.isfinite().all() for tensor in self.net.state_dict().values()):
-            raise NotFinite(f'the weights are not finite after step {step}; {self.path} is as before')
+            raise NotFinite(f'the weights are not finite after step {step}; {self.path} keeps the last good ones')
         _save({'model': self.net.state_dict(), 'optimizer': self.optimizer.state_dict(),
                'scaler': self.scaler.state_dict(), 'step': step, 'args': self.flags, 'inputs': self.inputs,
                'best': self.best, 'torch': str(torch.__version__)}, self.path)
 
     def resume(self, path=True):
-        """Restores what `save` wrote to `path`; True: to its own. Raises BadInput for another file, and for flags that
-        contradict it: other values, and of files other contents, wherever they lie. Images may have been taken out of
-        the list, as a user does with one that cannot be read."""
+        """Restores what `save` wrote to `path`; True means its own file. Raises BadInput for other files, and for flags
+        with other values or, whatever the paths, files with other contents. Images may have been taken out of the list,
+        as a user does with one that cannot be read."""
         path = self.path if path is True else path
         check_file(path, '--resume')
         try:
@@ -245,17 +245,17 @@ class Checkpoint:
             raise BadInput(f'{path} (--resume) was made with other flags: {"; ".join(differ)}')
         if missing and get_rank()[0] == 0:
             print(f'{self.flags["train_list"]} (--train_list) has {missing} images fewer than when {path} (--resume) '
-                  'was written; the training goes on without them')
+                  'was written; the training continues without them')
 
     def _count_missing(self, saved):
-        """How many images were taken out of the saved list; 0 also where this one is no part of it, in its order."""
+        """Returns how many images were taken out of the saved list; 0 if the list is not a part of it in its order."""
         before = saved.get('inputs', {}).get('images', [])
         rest = iter(before)
         is_part = all(image in rest for image in self.inputs['images'])
         return len(before) - len(self.inputs['images']) if is_part else 0
 
     def _compare(self, saved, images_missing):
-        """Texts on the flags that differ, and on the files whose contents do."""
+        """Returns texts on the flags that differ, and on the files whose contents differ."""
         before, read_before = saved['args'], saved.get('inputs', {})        # without inputs, paths are compared
         free = {'images', 'train_list', 'cls_labels'} if images_missing else {'images'}
         differ = [f'--{key} was {before[key]}' for key in self.flags if key in before and key not in FREE_ON_RESUME
@@ -267,14 +267,14 @@ class Checkpoint:
 # ----- signals -----
 
 def outlive_sigterm(_):
-    """`worker_init_fn` of the loaders: where a whole process group is signalled, the workers outlive the last step."""
+    """`worker_init_fn` of the loaders: if a whole process group gets the signal, the workers outlive the last step."""
     for number in (signal.SIGTERM, *HANG_UP):
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
 def _kill_workers():
-    """Python ends the workers that a failed run left with SIGTERM and waits for them: for ever, if they outlive it."""
+    """Python ends the workers of a failed run with SIGTERM, which they ignore, and would wait for them for ever."""
     if hasattr(signal, 'SIGCHLD'):                          # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # the loader's handler would raise an error
     for worker in multiprocessing.active_children():
@@ -282,8 +282,8 @@ def _kill_workers():
 
 
 class StopOnSignal:
-    """Inside the block, SIGTERM, SIGHUP and the first Ctrl-C only make a note, so that the step can end; a second
-    Ctrl-C interrupts at once. A SIGHUP that is ignored stays so: with `nohup` the training goes on."""
+    """Inside the block, SIGTERM, SIGHUP and the first Ctrl-C are only noted, so that the step can end; a second Ctrl-C
+    interrupts at once. If SIGHUP is ignored it stays so: with `nohup` the training continues."""
 
     def __enter__(self):
         self.number = 0
@@ -302,7 +302,7 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def exit_code(self, device):
-        """0, or 128 + the number of a signal that came, to this rank or to another."""
+        """Returns 0, or 128 + the number of a signal that this rank or another one got."""
         if not dist.is_initialized():
             return 128 + self.number if self.number else 0
         number = torch.tensor(self.number, device=device)

@@ -1,4 +1,4 @@
-"""Validation during a training: measures on held-out images, and the weights that are best by them."""
+"""Validation during a training: measures on held-out images, and the weights with the best of them."""
 import copy
 import dataclasses
 import os
@@ -22,7 +22,7 @@ MAPS = 'cam', 'cam_rv'      # plain and refined CAMs
 
 
 def check_validation_args(args):
-    """Raises BadInput for flags of the validation that cannot be, and for a list that cannot be read."""
+    """Raises BadInput for flags of the validation that contradict each other, and for a list that cannot be read."""
     check_range(args, 0, 10 ** 6, 'val_every')
     if args.keep_best and not args.val_every:
         raise BadInput('--keep_best needs a validation: add --val_every 1')
@@ -32,8 +32,8 @@ def check_validation_args(args):
 
 @dataclasses.dataclass
 class HeldOut:
-    """Held-out images, and how they are run. dataset: items (name, img, ...), img float32 (3, H, W), normalised.
-    truth_dir: folder of ground truth NAME.png, for as many of them as there is one. device: torch.device."""
+    """Held-out images, and how the network runs on them. dataset: items (name, img, ...), img float32 (3, H, W),
+    normalised. truth_dir: folder of ground truth NAME.png; images without it are not compared with any."""
     dataset: Dataset
     truth_dir: str
     class_names: list
@@ -55,18 +55,19 @@ class HeldOut:
                            f'{self.truth_dir} (--voc12_root)')
 
     def read_truth(self, name, size):
-        """uint8 (H, W) ground truth of an image of that size, or None where there is none. Raises BadInput."""
+        """Returns the ground truth of an image, uint8 (H, W) = size, or None if it has none. Raises BadInput."""
         path = self.truth_path(name)
         if not os.path.isfile(path):
             return None
         truth = image_files.read_label_map(path, '--voc12_root')
         if truth.shape != size:
-            raise BadInput(f'{path} (--voc12_root) is {truth.shape[0]}x{truth.shape[1]}, its image {size[0]}x{size[1]}')
+            raise BadInput(f'{path} (--voc12_root) is {truth.shape[0]}x{truth.shape[1]}, but its image is '
+                           f'{size[0]}x{size[1]}')
         return truth
 
     def run(self, predict, count):
-        """Calls count(number, outputs, truth) for each image of this rank's share: its place in the list, what
-        predict(img (1, 3, H, W)) returns, and `read_truth`. An image for which that is not possible is left out."""
+        """Calls count(number, outputs, truth) for each image of this rank's share: its place in the list, the result
+        of predict(img (1, 3, H, W)), and that of `read_truth`. Images that cause a BadInput are left out."""
         rank, ranks = get_rank()
         numbers = {name: number for number, name in enumerate(self.names)}
         for name, img, *_ in read_items(self.dataset, self.names[rank::ranks], self.errors, self.num_workers,
@@ -78,22 +79,23 @@ class HeldOut:
                 count(numbers[name], outputs, truth)
 
     def sum(self, array):
-        """The sum of an array over the ranks."""
+        """Returns the sum of an array over the ranks."""
         return sum_over_ranks(torch.from_numpy(array).to(self.device)).cpu().numpy()
 
 
 @torch.inference_mode()
 def measure_cams(predict, net, held_out):
-    """Of a classifier and its CAMs: (means, per_class, best), dicts of numbers in percent, and the name of the mean
-    that tells the best network. The mAP, from labels alone; where there is ground truth, the mIoU of the CAMs of each
-    kind over the classes present, at its best background score. Among the means are the counts of images and masks.
+    """Measures a classifier and its CAMs. Returns (means, per_class, best): dicts of numbers in percent, and the name
+    of the mean by which networks are compared. The mAP needs only labels. If there is ground truth, the means include
+    the mIoU of each kind of CAMs over the classes present, at its best background score. They also count the images and
+    masks.
 
     predict(net, img (1, 3, H, W)) -> class scores (1, C) and a list of CAMs (1, C, H, W), normalised, one for each of
-    MAPS or for the first. The dataset has `labels`, dict name -> (C,) multi-hot.
+    MAPS or only for the first. The dataset has `labels`, dict name -> (C,) multi-hot.
     """
     labels = np.stack([held_out.dataset.labels[name] for name in held_out.names])              # (N, C)
     num_classes = labels.shape[1]
-    scores = np.zeros((len(labels), num_classes + 2))           # the last columns: 1 once it is measured, 1 with a mask
+    scores = np.zeros((len(labels), num_classes + 2))           # last columns: 1 if it was measured, 1 if it has a mask
     curves = np.zeros((len(MAPS), len(BACKGROUND_SCORES), num_classes + 2, num_classes + 2), np.int64)
 
     def count(number, outputs, truth):
@@ -126,8 +128,8 @@ def measure_cams(predict, net, held_out):
 
 @torch.inference_mode()
 def measure_labels(net, held_out):
-    """Of a segmentation network: as `measure_cams`, the mIoU over the classes present of the label maps at one scale,
-    without mirror and CRF, and the IoU of each of these classes."""
+    """Measures a segmentation network at one scale, without mirror and CRF: the mIoU over the classes present and the
+    IoU of each of them. Returns the same three as `measure_cams`."""
     matrix, masks = np.zeros((len(held_out.class_names) + 2,) * 2, np.int64), np.zeros(1, np.int64)
 
     def count(number, logits, truth):
@@ -149,10 +151,10 @@ def measure_labels(net, held_out):
 
 @dataclasses.dataclass
 class Validation:
-    """What is measured after every `every` epochs and at the end, on every rank. The training does not depend on it.
+    """Measures the network after every `every` epochs and at the end, on every rank. It does not change the training.
 
     measure: a function of (net, held_out), see `measure_cams`. keep_best: save the best weights as
-    <session_name>_best.pth; the checkpoint keeps the best value.
+    <session_name>_best.pth; the checkpoint stores the best value.
     """
     every: int
     measure: Callable
@@ -160,9 +162,9 @@ class Validation:
     keep_best: bool
 
     def run(self, step, batches, checkpoint, log, writer):
-        """Validates after `step` updates of the network, if it is time to. What the network is then has to be in the
-        checkpoint already: a run that ends here is resumed here. batches: StepBatches; log: Logger; writer:
-        TensorBoard's, or None. Raises BadInput where no image can be measured."""
+        """Validates after `step` updates of the network, if it is time to. The checkpoint must be of the same step, so
+        that a run that ends here can be resumed here. batches: StepBatches; log: Logger; writer: TensorBoard's, or
+        None. Raises BadInput if no image can be measured."""
         if step == 0 or step % (self.every * batches.epoch_steps) and step < batches.max_step:
             return
         net = copy.deepcopy(checkpoint.net).eval()          # the one that trains stays as it is

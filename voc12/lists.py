@@ -1,4 +1,4 @@
-"""Class names and image-level labels, by default those of PASCAL VOC 2012, and its lists. Needs no torch."""
+"""Class names, image-level labels and lists, by default those of PASCAL VOC 2012. Needs no torch."""
 import collections
 import os
 import re
@@ -21,56 +21,56 @@ GT_FOLDER = 'SegmentationClass'
 AUG_GT_FOLDER = 'SegmentationClassAug'
 LIST_FOLDER = os.path.join('ImageSets', 'Segmentation')
 
-# what no foreground class is called: letters alone, in lower case
+# names that no foreground class has, letters alone, in lower case
 NO_CLASS = re.compile('.*background.*|.*unlabel.*|bg|bkgd?|void|ignored?|ignoreregion|dontcare|none|null|noclass|'
                       'nolabel|negatives?|nothing|noobjects?|nofindings?')
-# colours, or the marks of JSON and YAML
+# lines of files of other forms: colours, JSON, YAML
 OTHER_FORM = re.compile(r'#[\da-fA-F]{6}|\d+([\s,;]+)\d+\1\d+|^#|["\[\]{}]|:$')
 
 
 def check_class_names(names, source):
     """Raises BadInput unless these can be the foreground classes: 1 to 254 different names, none of which means the
-    background or ignored pixels, under any spelling. source: where they are from, for the message."""
+    background or ignored pixels in any spelling. source: where they come from, for the message."""
     if not 1 <= len(names) < IGNORE:
         raise BadInput(f'{source} has {len(names)} classes; 1 to {IGNORE - 1} are possible')
     for name in names:
         if names.count(name) > 1:
             raise BadInput(f'{source} names the class {name} twice')
         if OTHER_FORM.search(name):
-            raise BadInput(f'{source} has {name[:100]!r}, as in a label map with colours or a file of another tool; '
-                           'write the names of the foreground classes alone, one a line, without the background')
+            raise BadInput(f'{source} has {name[:100]!r}, which looks like a colour or a file of another tool; write '
+                           'only the names of the foreground classes, one per line, without the background')
         if NO_CLASS.fullmatch(''.join(filter(str.isalpha, name.casefold()))):
-            raise BadInput(f'{source} has the class {name}: delete it and list foreground classes alone; 0 is the '
-                           f'background already, and {IGNORE} what is ignored')
+            raise BadInput(f'{source} has the class {name}: delete it and list only foreground classes, because 0 is '
+                           f'always the background and {IGNORE} the ignored pixels')
 
 
 def load_class_names(path):
-    """Names of the foreground classes, in order: VOC's 20 where path is None, else the lines of a text file.
+    """Returns the names of the foreground classes in order: VOC's 20 if path is None, else the lines of a text file.
 
-    Class c counts from 0 in CAM dicts and multi-hot labels, and is c + 1 in label maps, where 0 is the background
-    and 255 is ignored: so there are 1 to 254 classes. Blank lines and spaces around a name are passed over, and
-    spaces in a name stay. Raises BadInput as `read_lines` and `check_class_names` do.
+    Class c, from 0, is the key c of CAM dicts and place c of multi-hot labels, and c + 1 in label maps, where 0 is the
+    background and 255 is ignored. So there can be 1 to 254 classes. Blank lines and spaces around a name are ignored.
+    Raises BadInput as `read_lines` and `check_class_names` do.
     """
     if path is None:
         return CAT_LIST
     names = [' '.join(line.split()) for line in read_lines(path, '--class_names') if line.strip()]
     if len(names) == 1 and ',' in names[0]:
-        raise BadInput(f'{path} (--class_names) has one line, {names[0][:100]!r}; write one name a line')
+        raise BadInput(f'{path} (--class_names) has one line, {names[0][:100]!r}; write one name per line')
     check_class_names(names, f'{path} (--class_names)')
     return names
 
 
 def read_names(path, flag):
-    """Set of the names in a list of VOC or SBD; prints the ones that are there twice."""
+    """Returns the set of the names in a list of VOC or SBD, and prints those that it has twice."""
     names = load_img_name_list(path, flag)
     twice = sorted(name for name, count in collections.Counter(names).items() if count > 1)
     if twice:
-        print(f'{path}: {len(twice)} names more than once, kept once: {join_first(twice)}')
+        print(f'{path} has {len(twice)} names more than once, which count once: {join_first(twice)}')
     return set(names)
 
 
 def read_sbd(sbd_root):
-    """(folder, names): where SBD has its lists and cls/, at `sbd_root` or in dataset/ in it; set of the names."""
+    """Returns the folder of SBD's lists and cls/, which is `sbd_root` or dataset/ in it, and the set of its names."""
     check_dir(sbd_root, '--sbd_root')
     inner = os.path.join(sbd_root, 'dataset')
     folder = inner if os.path.isdir(inner) else sbd_root
@@ -79,19 +79,19 @@ def read_sbd(sbd_root):
 
 
 def stems(folder, extension, flag):
-    """Set of the file names in `folder` that end in `extension`, without it. Hidden files do not count."""
+    """Returns the set of file names in `folder` that end in `extension`, without it. Hidden files do not count."""
     check_dir(folder, flag)
     split = [os.path.splitext(name) for name in os.listdir(folder) if not name.startswith('.')]
     return {stem for stem, found in split if found == extension}
 
 
 def join_first(names, most=5):
-    """The first few of a list of names, for a message."""
+    """Returns the first few of a list of names as text for a message."""
     return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
 
 
 def check_images(names, list_path, voc12_root):
-    """Raises BadInput for the first of the list's names that has no image under the data root."""
+    """Raises BadInput for the first name of a list that has no image in the data root."""
     check_dir(voc12_root, '--voc12_root')
     for name in names:
         path = get_img_path(name, voc12_root)
@@ -108,10 +108,10 @@ class XmlBuilder(ElementTree.TreeBuilder):
 
 
 def label_from_xml(path, class_names, unknown=None):
-    """float32 (C,) multi-hot of one VOC annotation file.
+    """Reads the label of one VOC annotation file, float32 (C,) multi-hot.
 
-    Every `<object><name>` among the class names counts, difficult ones too; the names of `<part>`s are no classes.
-    unknown: a Counter, to which the other objects' names are added.
+    Every `<object><name>` that is a class name counts, difficult ones too; the names of `<part>`s do not.
+    unknown: a Counter to which the names of other objects are added.
     Raises BadInput for a file that cannot be read, and for one with a DOCTYPE.
     """
     label = np.zeros(len(class_names), np.float32)
@@ -129,15 +129,16 @@ def label_from_xml(path, class_names, unknown=None):
 
 
 def describe_unknown(unknown):
-    """One line on object names in XML that are no class. unknown: Counter of the names, not empty."""
+    """Returns a line about object names in XML that are no class. unknown: Counter of the names, not empty."""
     names = [f'{name or "(no name)"} ({count})' for name, count in unknown.most_common()]
     return (f'{sum(unknown.values()):,} objects in {ANNOT_FOLDER} are of no class of --class_names and do not count: '
             + join_first(names, 20))
 
 
 def label_from_table(table, name, num_classes):
-    """float32 (C,) of 0 and 1 of an image in the dict of a cls_labels file. A key may be a whole number: 2007000032 is
-    2007_000032, as in irn's file, and 139 is 000000000139. Raises ValueError or OverflowError where there is none."""
+    """Returns the label of an image from the dict of a cls_labels file, float32 (C,) of 0 and 1. A key may be a whole
+    number: 2007000032 is 2007_000032, as in irn's file, and 139 is 000000000139. Raises ValueError or OverflowError if
+    there is no usable one."""
     number = name.replace('_', '')
     key = int(number) if name not in table and number.isdecimal() else name
     if key not in table:
@@ -151,10 +152,10 @@ def label_from_table(table, name, num_classes):
 
 
 def read_labels(names, cls_labels, voc12_root, class_names):
-    """Image-level labels from a cls_labels file (.npy of a pickled dict, .npz of arrays) or, where that is missing, the
-    XML of the data root. Returns (labels, unusable, unknown, source): dict name -> float32 (C,) multi-hot, perhaps of 0
-    alone; dict name -> the error of a name without; Counter of object names in the XML that are no class; where labels
-    are from, for messages. Raises BadInput for a cls_labels file that cannot be read."""
+    """Reads image-level labels from a cls_labels file (.npy of a pickled dict, .npz of arrays) or, if that is missing,
+    from the XML of the data root. Returns (labels, unusable, unknown, source): dict name -> float32 (C,) multi-hot,
+    perhaps all 0; dict name -> the error, for names without a usable label; Counter of object names in the XML that are
+    no class; where the labels come from, for messages. Raises BadInput for a cls_labels file that cannot be read."""
     labels, unusable, unknown = {}, {}, collections.Counter()
     table, source, folder = None, f'{cls_labels} (--cls_labels)', os.path.join(voc12_root, ANNOT_FOLDER)
     if os.path.exists(cls_labels):
@@ -171,13 +172,13 @@ def read_labels(names, cls_labels, voc12_root, class_names):
 
 
 def absent_classes(labels, class_names):
-    """Names of the classes that no image has. labels: dict name -> (C,) multi-hot, not empty."""
+    """Returns the names of the classes that no image has. labels: dict name -> (C,) multi-hot, not empty."""
     present = np.any(list(labels.values()), axis=0)
     return [name for name, is_there in zip(class_names, present) if not is_there]
 
 
 def common_classes(labels, class_names):
-    """Names of the classes that every image has. labels: dict name -> (C,) multi-hot, not empty."""
+    """Returns the names of the classes that every image has. labels: dict name -> (C,) multi-hot, not empty."""
     common = np.all(list(labels.values()), axis=0)
     return [name for name, is_there in zip(class_names, common) if is_there]
 
@@ -211,9 +212,9 @@ def check_training_labels(labels, class_names, train_list, cls_labels, names_fil
 
 
 def load_labels(names, cls_labels, voc12_root, class_names=CAT_LIST):
-    """Labels to train on: dict name -> float32 (C,) multi-hot, of zeros for negatives, images that show none of the
-    classes. Prints how many negatives there are, and warns of objects in the XML that are of no class. Raises BadInput
-    for a bad file, and for a name without a usable label: that is no negative."""
+    """Reads labels as `read_labels` does, and returns dict name -> float32 (C,) multi-hot; all 0 for negatives, images
+    that show none of the classes. Prints how many negatives there are, and warns of objects in the XML that are no
+    class. Raises BadInput for a bad file, and for a name without a usable label, which is not a negative."""
     labels, unusable, unknown, source = read_labels(names, cls_labels, voc12_root, class_names)
     if not os.path.exists(cls_labels):
         print(f'labels: from {source}')
