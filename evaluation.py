@@ -11,7 +11,7 @@ from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_i
 from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
 from tool.text_files import write_csv
-from tool.thresholds import exponent_of, exponents_to_start_with
+from tool.thresholds import MOST, exponent_of, exponents_to_start_with
 from tool.workers import parallel_map
 from voc12.canonical import describe_list, find_canonical
 from voc12.lists import CAT_LIST, GT_FOLDER, load_class_names, load_img_name_list
@@ -118,8 +118,8 @@ def suggest_alphas(score, num_images):
     low, high, walk = exponents_to_start_with(score)
     images = 'image' if num_images == 1 else 'images'
     return (f'it corresponds to CRF alpha {exponent_of(score):.1f}, where (1 - score)^alpha = score. Judged by the '
-            f'ground truth of {num_images:,} {images}, start with one alpha below and one well above it for '
-            f'train_aff.py, --crf_alpha {low:.1f} {high:.1f}, and with infer_aff.py --alpha {walk:.1f}')
+            f'ground truth of {num_images:,} {images}, start with one alpha below and one well above it (at most {MOST:g}) '
+            f'for train_aff.py, --crf_alpha {low:.1f} {high:.1f}, and with infer_aff.py --alpha {walk:.1f}')
 
 
 def report_curve(thresholds, matrices, categories, chosen, result, args):

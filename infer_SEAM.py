@@ -301,7 +301,7 @@ def main(args):
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
     drawn_scores = scores_of_pictures(args.crf_alpha if args.out_crf else [], bool(args.out_cam_pred),
                                       args.out_cam_pred_alpha)
-    errors = Errors(args.on_error, MEMORY_HELP)
+    errors = Errors(args.on_error, MEMORY_HELP, folders)
     space = SpaceCheck(folders, todo)
 
     # ----- inference -----

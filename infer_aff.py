@@ -223,7 +223,7 @@ def main(args):
     todo = open_folders(folders, names[rank::ranks], args.resume, [args.cam_dir, *(args.ignore_crf or ())])
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
-    errors = Errors(args.on_error, MEMORY_HELP)
+    errors = Errors(args.on_error, MEMORY_HELP, folders)
     space = SpaceCheck(folders, todo)
 
     # ----- inference -----

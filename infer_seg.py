@@ -178,7 +178,7 @@ def main(args):
     if args.vis_dir:
         make_dir(args.vis_dir, '--vis_dir')
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
-    errors = Errors(args.on_error, MEMORY_HELP)
+    errors = Errors(args.on_error, MEMORY_HELP, folders)
     space = SpaceCheck(folders, todo)
 
     # ----- inference -----

@@ -14,6 +14,7 @@ from inference_runs import cams, data, walk
 from tool import score_files, workers
 from tool.cli import BadInput, CannotWrite
 from tool.on_error import Errors
+from tool.outputs import ResultFolder
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -93,6 +94,22 @@ def test_missing_scores_are_found_before_the_work_starts(data, tmp_path):
             f'{names_of(data)[-1]}.npy', '--ignore_crf')
     assert not list(tmp_path.glob('new*'))
     assert run(data, 'infer_SEAM', *flags, '--on_error', 'skip').returncode == 3
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_result_of_an_earlier_run_does_not_stay_for_a_skipped_image(tmp_path, resume):
+    folder = ResultFolder(str(tmp_path), '--out_cam', '.npy', {})
+    folder.open(['n1', 'n2'], resume=False)
+    for name in ('n1', 'n2'):
+        with folder.writing(name) as path:
+            np.save(path, 1)
+    folder.open(['n1', 'n2'], resume)
+    errors = Errors('skip', '', [folder])
+    with errors.caught('n1'):
+        raise BadInput('n1 is damaged')
+    removed = set() if resume else {'n1'}           # with --resume it was finished, with these settings
+    assert {path.stem for path in tmp_path.glob('*.npy')} == {'n1', 'n2'} - removed
+    assert (folder.file('n1') in errors.lines[0]) == (not resume)
 
 
 def test_run_goes_on_past_the_image_for_which_memory_runs_out(data, tmp_path, monkeypatch):

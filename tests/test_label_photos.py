@@ -4,11 +4,9 @@ import json
 import os
 import sys
 
-import numpy as np
 import pytest
 import torch
 
-import infer_SEAM
 from tool import label_photos
 from tool.cli import BadInput
 from tool.image_files import read_label_map
@@ -120,14 +118,6 @@ def test_another_threshold_keeps_the_labels_of_the_first(commands):
     assert (crf.crf_alpha, walk.alpha) == ([1.6, 9.7], 2.4)
     assert (aff.session_name, walk.out_rw) == ('out/aff_0.4', 'out/labels_0.4')
     assert os.path.isfile('out/report_0.4.md')
-
-
-def test_exponents_of_any_threshold_are_such_as_the_scripts_take():
-    for t in np.linspace(.1, .9, 81):
-        low, high, walk = label_photos.choose_exponents(t)
-        infer_SEAM.check_args(infer_SEAM.get_args_parser().parse_args(
-            ['--cam_dir', '.', '--out_crf', 'crf', '--crf_alpha', low, high]))
-        assert .01 <= float(walk) <= 100
 
 
 def test_resume_reaches_what_can_be_resumed(commands, photos):

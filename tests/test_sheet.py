@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluation
+import infer_aff
 import infer_SEAM
 from tool import thresholds, visualization
 from tool.cli import BadInput
@@ -24,6 +26,16 @@ def test_threshold_and_exponent_give_the_same_background(exponent):
 
 def test_the_paper_s_exponents_are_those_of_its_best_threshold():
     assert np.round(thresholds.exponents_to_start_with(.26)).tolist() == [4, 24, 6]
+
+
+@pytest.mark.parametrize('threshold', [1e-6, .01, .02, .05, .1, .5, .9, .95, .99])
+def test_suggested_exponents_are_such_as_the_scripts_take(threshold):
+    low, high, walk = (f'{exponent:.1f}' for exponent in thresholds.exponents_to_start_with(threshold))
+    assert f'--crf_alpha {low} {high}' in evaluation.suggest_alphas(threshold, 9)
+    infer_SEAM.check_args(infer_SEAM.get_args_parser().parse_args(
+        ['--cam_dir', '.', '--out_crf', 'crf', '--crf_alpha', low, high]))
+    infer_aff.check_args(infer_aff.get_args_parser().parse_args(
+        ['--weights', __file__, '--cam_dir', '.', '--alpha', walk]))
 
 
 @pytest.fixture

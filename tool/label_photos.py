@@ -29,7 +29,6 @@ from tool.workers import available_cores
 
 BATCH, STEPS = 8, 130           # images of a step; about how many steps SEAM is trained
 AFF_STEPS = 130                 # of AffinityNet; that fewer are enough is not shown: tests/results/affinity_steps.csv
-MOST = 100              # highest exponent that the scripts take
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
 # seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv
 SEAM, CAM, CRF, AFF, WALK = 0.25, 1.3, 0.5, 0.6, 0.5
@@ -65,7 +64,7 @@ def choose_exponents(threshold):
         exponents = LITE0['alphas'][0], LITE0['alphas'][-1], float(walk[walk.index('--alpha') + 1])
     else:
         exponents = exponents_to_start_with(threshold)
-    return [f'{min(exponent, MOST):.1f}' for exponent in exponents]
+    return [f'{exponent:.1f}' for exponent in exponents]
 
 
 def leave_out(words, *flags):

@@ -9,10 +9,12 @@ from tool.cli import BadInput, CannotWrite, is_out_of_memory
 
 class Errors:
     """Handles a bad image, and one for which memory runs out, as the `--on_error` flag says: stop raises a BadInput,
-    skip keeps its text for the end. memory_help: text on what the user may change if memory runs out."""
+    skip keeps its text for the end. memory_help: text on what the user may change if memory runs out. folders: the
+    ResultFolders of the run; the outdated files of a skipped image are removed there, because the next step would take
+    them for new ones."""
 
-    def __init__(self, on_error, memory_help):
-        self.skip, self.memory_help, self.lines = on_error == 'skip', memory_help, []
+    def __init__(self, on_error, memory_help, folders=()):
+        self.skip, self.memory_help, self.folders, self.lines = on_error == 'skip', memory_help, folders, []
 
     @contextlib.contextmanager
     def caught(self, name):
@@ -26,7 +28,8 @@ class Errors:
                 error = BadInput(f'out of memory at the image {name}; what helps: {self.memory_help}')
             if not (self.skip and isinstance(error, BadInput)):
                 raise error
-            self.lines.append(str(error))
+            removed = [path for folder in self.folders if (path := folder.remove_outdated(name))]
+            self.lines.append(str(error) + (f'; removed outdated: {", ".join(removed)}' if removed else ''))
 
     def pop(self):
         """Returns the errors of the skipped images, and starts over."""

@@ -66,6 +66,17 @@ class ResultFolder:
         yield self.file(name)
         self._write_journal('ab', f'{name}\t{os.path.getsize(self.file(name))}\n')
 
+    def remove_outdated(self, name):
+        """Removes the file of an image that is not finished. Returns its path, or None where there is no such file."""
+        path = self.file(name)
+        if not os.path.isfile(path) or name in self.finished():
+            return None
+        try:
+            os.unlink(path)
+        except OSError as error:
+            raise CannotWrite(f'cannot remove {path} ({self.flag}): {error.strerror}') from error
+        return path
+
     def finished(self):
         """Returns the set of the names of finished images."""
         sizes = {}

@@ -5,6 +5,8 @@ of a pixel is (1 - the largest map)^a, and both agree where (1 - x)^a = x.
 """
 import math
 
+MOST = 100.     # the highest exponent that the scripts take
+
 
 def exponent_of(threshold):
     """Returns the background exponent with the same effect as a threshold in (0, 1)."""
@@ -23,5 +25,7 @@ def threshold_of(exponent):
 def exponents_to_start_with(threshold):
     """Returns (low, high, walk): the CRF exponents for train_aff.py and the exponent of the random walk to start with,
     for the best threshold in (0, 1). Their ratios to the threshold's own exponent are those in the paper, where the
-    best threshold is 0.26, its exponent 4.5, and the three are 4, 24 and 6."""
-    return tuple(max(factor * exponent_of(threshold), .1) for factor in (.9, 5.4, 1.35))
+    best threshold is 0.26, its exponent 4.5, and the three are 4, 24 and 6. They are kept within what the scripts
+    accept; low and high differ in their first decimal."""
+    low, high, walk = (min(max(factor * exponent_of(threshold), .1), MOST) for factor in (.9, 5.4, 1.35))
+    return min(low, MOST / 2), max(high, .2), walk
