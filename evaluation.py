@@ -118,8 +118,8 @@ def suggest_alphas(score, num_images):
     low, high, walk = exponents_to_start_with(score)
     images = 'image' if num_images == 1 else 'images'
     return (f'it corresponds to CRF alpha {exponent_of(score):.1f}, where (1 - score)^alpha = score. Judged by the '
-            f'ground truth of {num_images:,} {images}, start with one alpha below and one well above it (at most {MOST:g}) '
-            f'for train_aff.py, --crf_alpha {low:.1f} {high:.1f}, and with infer_aff.py --alpha {walk:.1f}')
+            f'ground truth of {num_images:,} {images}, start with one alpha below and one well above it, at most '
+            f'{MOST:g}, for train_aff.py, --crf_alpha {low:.1f} {high:.1f}, and with infer_aff.py --alpha {walk:.1f}')
 
 
 def report_curve(thresholds, matrices, categories, chosen, result, args):

@@ -89,6 +89,16 @@ def test_length_of_the_training_follows_from_the_number_of_images(images, batch_
     assert steps == images // batch_size * epochs
 
 
+@pytest.mark.parametrize('classes, rate', [(1, '5e-05'), (6, '0.0003'), (20, '0.001'), (80, '0.001')])
+def test_learning_rate_keeps_the_step_of_a_class(classes, rate):
+    assert label_photos.learning_rate(classes) == rate
+
+
+def test_learning_rate_is_that_of_the_classes_and_printed(commands, capsys):
+    seam, = of(commands(), 'train_SEAM')
+    assert seam.lr == 0.0001 and 'learning rate 0.0001 for 2 classes' in capsys.readouterr().out
+
+
 def test_settings_on_a_cpu_are_those_of_the_recipe(commands):
     log = commands()
     seam, = of(log, 'train_SEAM')
@@ -160,7 +170,7 @@ def test_time_left_follows_the_speed_of_what_is_done():
 def test_photographs_become_labels_scores_and_a_coco_file(photos, monkeypatch, capsys):
     pytest.importorskip('pycocotools')
     small = {'network': 'network.slim_SEAM', 'network_aff': 'network.slim_aff', 'scales': [1.], 'alphas': [.7, 1.1, 4],
-             'train': ['--crop_size', '32', '--resize_long', '32', '48', '--max_epochs', '9'],
+             'train': ['--lr', '0.1', '--crop_size', '32', '--resize_long', '32', '48', '--max_epochs', '9'],
              'train_aff': ['--crop_size', '40', '--max_epochs', '9'], 'infer': ['--flip', '0'],
              'walk': ['--alpha', '1.1', '--logt', '2']}
     torch.set_num_threads(1)        # the images are too small for two

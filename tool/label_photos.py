@@ -21,7 +21,7 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, make_dir
 from tool.commands import ROOT, run_child
 from tool.devices import get_device
-from tool.image_lists import load_img_name_list
+from tool.image_lists import load_img_name_list, read_lines
 from tool.tables import GT_FOLDER, LITE0, pass_on
 from tool.text_files import read_csv, write_text
 from tool.thresholds import exponents_to_start_with
@@ -77,6 +77,13 @@ def leave_out(words, *flags):
     return kept
 
 
+def learning_rate(classes):
+    """Text of SEAM's learning rate. That of the recipe is for the 20 classes of VOC. SEAM's losses are means over the
+    classes, so with fewer of them the same rate moves each class more, and with one class the classifier is lost."""
+    words = LITE0['train']
+    return f'{float(words[words.index("--lr") + 1]) * min(classes, 20) / 20:g}'
+
+
 def training_length(steps, images, batch_size):
     """(flags of a training script for about so many steps, at least one epoch; the number of steps)."""
     per_epoch = images // batch_size
@@ -105,11 +112,13 @@ def plan(args, root, names, on_gpu):
     """The stages from the data root to the labels: list of (what it does, its seconds on two free cores, commands)."""
     out, suffix, (low, high, walk) = args.out, suffix_of(args.t), choose_exponents(args.t)
     images = len(load_img_name_list(names))
+    classes = len(read_lines(f'{root}/class_names.txt', '--class_names'))
     batch_size = min(BATCH, images)
     length, steps = training_length(STEPS, images, batch_size)
+    rate = learning_rate(classes)
     aff_length, aff_steps = training_length(AFF_STEPS, images, batch_size)
     # a GPU has time for the sizes and scales of the paper, which are the defaults of the scripts
-    settings = leave_out(LITE0['train'], '--max_epochs', *(['--resize_long', '--crop_size'] if on_gpu else []))
+    settings = leave_out(LITE0['train'], '--max_epochs', '--lr', *(['--resize_long', '--crop_size'] if on_gpu else []))
     views = [] if on_gpu else ['--scales', *LITE0['scales'], *LITE0['infer']]
     # on a CPU the network needs the cores itself
     data = ['--voc12_root', root, '--class_names', f'{root}/class_names.txt', *pass_on(args, 'device'),
@@ -126,7 +135,8 @@ def plan(args, root, names, on_gpu):
         return ['tool/visualization.py', '--voc12_root', root, '--list', names, '--count', 20, '--seed', 0,
                 '--cam_dir', f'{out}/cam', *flags, '--out', path]
 
-    train = ['train_SEAM.py', *data, *seam, '--train_list', names, *settings, *length, '--tblog_dir', f'{out}/tblog',
+    train = ['train_SEAM.py', *data, *seam, '--train_list', names, *settings, '--lr', rate, *length,
+             '--tblog_dir', f'{out}/tblog',
              *session('seam')]
     cams = ['infer_SEAM.py', *data, *seam, '--infer_list', names, '--weights', f'{out}/seam.pth', *views,
             '--out_cam', f'{out}/cam', *resume]
@@ -138,7 +148,8 @@ def plan(args, root, names, on_gpu):
     walks = ['infer_aff.py', *data, *aff, '--infer_list', names, '--weights', f'{out}/aff{suffix}.pth',
              '--cam_dir', f'{out}/cam', *leave_out(LITE0['walk'], '--alpha'), '--alpha', walk,
              '--out_rw', f'{out}/labels{suffix}', *resume]
-    return [(f'training SEAM for {steps} steps of {batch_size} images', steps * batch_size * SEAM, [train]),
+    return [(f'training SEAM for {steps} steps of {batch_size} images, learning rate {rate} for {classes} '
+             + ('class' if classes == 1 else 'classes'), steps * batch_size * SEAM, [train]),
             (f'CAMs of {images} images', images * CAM, [cams, sheet(f'{out}/thresholds.png', '--t', *THRESHOLDS)]),
             (f'CRFs of {images} images', images * CRF, [crfs]),
             (f'training AffinityNet for {aff_steps} steps', aff_steps * batch_size * AFF, [train_aff]),
