@@ -28,7 +28,7 @@ from tool.thresholds import exponents_to_start_with
 from tool.workers import available_cores
 
 BATCH, STEPS = 8, 130           # images of a step; about how many steps SEAM is trained
-AFF_STEPS = 130                 # of AffinityNet; that fewer are enough is not shown: tests/results/affinity_steps.csv
+AFF_STEPS, AFF_CROP = 75, 128   # of AffinityNet; tests/results/affinity_steps.csv compares them with others
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
 # seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv
 SEAM, CAM, CRF, AFF, WALK = 0.25, 1.3, 0.5, 0.6, 0.5
@@ -143,8 +143,8 @@ def plan(args, root, names, on_gpu):
     crfs = ['infer_SEAM.py', *data, '--infer_list', names, '--cam_dir', f'{out}/cam', '--out_crf', f'{out}/crf',
             '--crf_alpha', low, high, '--crf_workers', available_cores(), *resume]
     train_aff = ['train_aff.py', *data, *aff, '--train_list', names, '--la_crf_dir', f'{out}/crf_{low}',
-                 '--ha_crf_dir', f'{out}/crf_{high}', *leave_out(LITE0['train_aff'], '--max_epochs'), *aff_length,
-                 *session('aff' + suffix)]
+                 '--ha_crf_dir', f'{out}/crf_{high}', *leave_out(LITE0['train_aff'], '--max_epochs', '--crop_size'),
+                 '--crop_size', AFF_CROP, *aff_length, *session('aff' + suffix)]
     walks = ['infer_aff.py', *data, *aff, '--infer_list', names, '--weights', f'{out}/aff{suffix}.pth',
              '--cam_dir', f'{out}/cam', *leave_out(LITE0['walk'], '--alpha'), '--alpha', walk,
              '--out_rw', f'{out}/labels{suffix}', *resume]
