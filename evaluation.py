@@ -21,28 +21,29 @@ CURVE = np.arange(60) / 100                      # background scores of the curv
 LONG_CURVE = np.arange(100) / 100
 
 
-def score_image(name, args, thresholds, num_classes):
-    """Evaluates one image. Returns its confusion matrices, int64 (thresholds, K+1, K+1), and how many pixels have each
-    value, int64 (2, 256): in the ground truth and, where that is not 255, in the label map (0 for score dicts)."""
-    gt_path = os.path.join(args.gt_dir, name + '.png')
+def score_image(name, predict_dir, gt_dir, kind, thresholds, num_classes):
+    """Evaluates one image; kind: png, npy or crf, see --type. Returns its confusion matrices, int64 (thresholds, K+1,
+    K+1), and how many pixels have each value, int64 (2, 256): in the ground truth and, where that is not 255, in the
+    label map (0 for score dicts)."""
+    gt_path = os.path.join(gt_dir, name + '.png')
     gt = image_files.read_label_map(gt_path, '--gt_dir')
-    path = os.path.join(args.predict_dir, name + ('.png' if args.type == 'png' else '.npy'))
-    if args.type == 'png':
+    path = os.path.join(predict_dir, name + ('.png' if kind == 'png' else '.npy'))
+    if kind == 'png':
         scores = {0: image_files.read_label_map(path, '--predict_dir')}
     else:
-        scores = score_files.load_scores(path, '--predict_dir', 'crf' if args.type == 'crf' else 'cam')
-    last_key = num_classes if args.type == 'crf' else num_classes - 1
+        scores = score_files.load_scores(path, '--predict_dir', 'crf' if kind == 'crf' else 'cam')
+    last_key = num_classes if kind == 'crf' else num_classes - 1
     for key, array in scores.items():
         if array.shape != gt.shape:
             raise BadInput(f'{path} (--predict_dir) is {"x".join(map(str, array.shape))}, '
                            f'{gt_path} (--gt_dir) {"x".join(map(str, gt.shape))}')
         if key > last_key:
             raise BadInput(f'{path} (--predict_dir) has the key {key}; there are {num_classes} classes (--class_names) '
-                           f'and --type is {args.type}')
+                           f'and --type is {kind}')
     values = np.stack([np.bincount(gt.ravel(), minlength=256), np.zeros(256, np.int64)])
-    if args.type == 'npy':
+    if kind == 'npy':
         return confusion_curve(gt, scores, thresholds, num_classes), values
-    if args.type == 'crf':
+    if kind == 'crf':
         pred = score_files.strongest_label(scores) if scores else np.zeros_like(gt)
     else:
         pred = scores[0]
@@ -50,23 +51,23 @@ def score_image(name, args, thresholds, num_classes):
     return confusion(gt, pred, num_classes)[None], values
 
 
-def warn_of_values(values, categories, args):
-    """Prints warnings about label maps that are probably wrong. values: int64 (2, 256), see `score_image`."""
+def warn_of_values(values, categories, chosen, predict_dir, gt_dir):
+    """Prints warnings about label maps that are probably wrong. values: int64 (2, 256), see `score_image`; categories:
+    names of the background and the classes; chosen: indices of --mean_classes, or None."""
     truth, num_classes = values[0], len(categories) - 1
-    if not truth[IGNORE] and not args.class_names:          # other data may do without the border
-        print(f'warning: no file of {args.gt_dir} (--gt_dir) on the list has a pixel of 255, the border of VOC; '
+    if not truth[IGNORE] and categories[1:] == CAT_LIST:    # other data may do without the border
+        print(f'warning: no file of {gt_dir} (--gt_dir) on the list has a pixel of 255, the border of VOC; '
               'it may have been overwritten with predictions')
     if not truth[1:IGNORE].any():
-        print(f'warning: no file of {args.gt_dir} (--gt_dir) on the list has an object')
-    missing = [name for name in args.mean_classes or () if not truth[categories.index(name)]]
+        print(f'warning: no file of {gt_dir} (--gt_dir) on the list has an object')
+    missing = [categories[index] for index in chosen or () if not truth[index]]
     if missing:
-        print(f'warning: no file of {args.gt_dir} (--gt_dir) on the list has {", ".join(missing)} (--mean_classes), '
+        print(f'warning: no file of {gt_dir} (--gt_dir) on the list has {", ".join(missing)} (--mean_classes), '
               'whose IoU of 0 is part of the mean')
     if values[1, IGNORE]:
         share = 100 * values[1, IGNORE] / values[1].sum()
-        print(f'{share:.3g}% of the scored pixels are {IGNORE} in {args.predict_dir} (--predict_dir), which counts as '
-              'wrong')
-    for what, counts in zip((f'{args.gt_dir} (--gt_dir)', f'{args.predict_dir} (--predict_dir)'), values):
+        print(f'{share:.3g}% of the scored pixels are {IGNORE} in {predict_dir} (--predict_dir), which counts as wrong')
+    for what, counts in zip((f'{gt_dir} (--gt_dir)', f'{predict_dir} (--predict_dir)'), values):
         beyond = [value for value in np.flatnonzero(counts) if num_classes < value < IGNORE]
         if beyond:
             numbers = ', '.join(map(str, beyond[:10])) + (', ...' if len(beyond) > 10 else '')
@@ -74,17 +75,15 @@ def warn_of_values(values, categories, args):
                   f'"no class": {numbers}, in {counts[beyond].sum():,} pixels')
 
 
-def evaluate(names, args, thresholds):
-    """Returns the confusion matrices of a list of images, int64 (thresholds, K+1, K+1). Warns of label maps that are
-    probably wrong."""
-    categories = ['background', *load_class_names(args.class_names)]
-    work = functools.partial(score_image, args=args, thresholds=thresholds, num_classes=len(categories) - 1)
+def evaluate(names, predict_dir, gt_dir, kind, thresholds, num_classes, num_workers):
+    """Returns the sums over a list of images of what `score_image` returns."""
+    work = functools.partial(score_image, predict_dir=predict_dir, gt_dir=gt_dir, kind=kind, thresholds=thresholds,
+                             num_classes=num_classes)
     matrices = values = 0
-    for of_image, values_of_image in parallel_map(work, names, args.num_workers, 'evaluation'):
+    for of_image, values_of_image in parallel_map(work, names, num_workers, 'evaluation'):
         matrices += of_image
         values += values_of_image
-    warn_of_values(values, categories, args)
-    return matrices
+    return matrices, values
 
 
 # ----- results -----
@@ -98,17 +97,17 @@ def add_to_log(path, text):
         raise BadInput(f'cannot write {path} (--logfile): {error.strerror}') from error
 
 
-def write_results(args, result, log, end, header, rows, lines):
-    """Writes `result` (dict) and a larger table (header, rows) as CSV files, appends the dict `log` to the log file,
-    and prints the lines. If one of these fails, the others are still done before BadInput is raised."""
-    entry = [f'{time.strftime("%Y-%m-%d %H:%M:%S")}\t{" ".join(args.comment.split())}',
+def write_results(out_prefix, logfile, comment, result, log, end, table, lines):
+    """Writes the dict `result` and a larger table, (header, rows), as CSV files, appends the dict `log` to the log
+    file, and prints the lines. If one of these fails, the others are still done before BadInput is raised."""
+    entry = [f'{time.strftime("%Y-%m-%d %H:%M:%S")}\t{" ".join(comment.split())}',
              '  '.join(f'{key}:{value}' for key, value in log.items()), '=' * 37]
     try:
-        write_csv(args.out_prefix + '_result.csv', result, [result.values()])
-        write_csv(args.out_prefix + end, header, rows)
+        write_csv(out_prefix + '_result.csv', result, [result.values()])
+        write_csv(out_prefix + end, *table)
     finally:
         try:
-            add_to_log(args.logfile, '\n'.join(entry) + '\n')
+            add_to_log(logfile, '\n'.join(entry) + '\n')
         finally:
             print('\n'.join(lines))
 
@@ -122,38 +121,35 @@ def suggest_alphas(score, num_images):
             f'{MOST:g}, for train_aff.py, --crf_alpha {low:.1f} {high:.1f}, and with infer_aff.py --alpha {walk:.1f}')
 
 
-def report_curve(thresholds, matrices, categories, chosen, result, args):
-    """Reports the curve, its best point and the exponents that suit it. chosen: indices of --mean_classes, or None.
-    result: dict, the first columns of _result.csv."""
-    means = mean_measures(matrices, chosen)                             # of (thresholds,)
+def report_curve(thresholds, matrices, categories, chosen, count):
+    """Reports the mIoU over the background score, and its best point.
+
+    thresholds: float64 (T,), of which the first `count` are always reported, and the others if the best point is close
+    to their end; matrices: int64 (T, K+1, K+1); categories, chosen: see `warn_of_values`. Returns the measures at the
+    best point and the curve, as dicts, the table for _curve.csv, and the lines to print."""
+    means = mean_measures(matrices, chosen)                             # of (T,)
     ranked = means['mIoU' if chosen is None else 'mIoU_chosen']
-    # the reference's curve ends at 0.59; if the best point is close to that end, ours goes on
-    count = len(args.t_list or CURVE)
     shown = len(thresholds) if ranked[:count].argmax() >= count - 10 else count
     best = ranked[:shown].argmax()
     score, good = thresholds[best], thresholds[ranked >= 0.95 * ranked[best]]
     curve = {key: value[:shown] for key, value in means.items()}
     at_best = {'background_score': score, 'plateau': round(good.max() - good.min(), 4),
-               **{key: round(value[best].item(), 4) for key, value in curve.items()}}
-    result |= at_best
-    log = {'best_' + key: value for key, value in at_best.items()}
-    log |= {key: value.tolist() for key, value in curve.items()} | {'t': thresholds[:shown].tolist()}
+               **{key: round(value[best].item(), 4) for key, value in means.items()}}
     table = np.column_stack([thresholds[:shown], *curve.values(), class_measures(matrices)[0][:shown]]).round(4)
 
     lines = [f'{i}/{count if i < count else shown} background score: {thresholds[i]:.3f}\tmIoU: {miou:.3f}%'
              for i, miou in enumerate(curve['mIoU'])]
-    text = f'mIoU: {result["mIoU"]:.3f}%, {result["mIoU_present"]:.3f}% over the classes present'
+    text = f'mIoU: {at_best["mIoU"]:.3f}%, {at_best["mIoU_present"]:.3f}% over the classes present'
     if chosen is not None:
-        text += f', {result["mIoU_chosen"]:.3f}% over {", ".join(args.mean_classes)}'
+        text += f', {at_best["mIoU_chosen"]:.3f}% over {", ".join(categories[index] for index in chosen)}'
     lines.append(f'best: background score {score:.3f}\t{text}')
-    if 0 < score < 1:
-        lines.append(suggest_alphas(score, result['images']))
-    write_results(args, result, log, '_curve.csv', ['background_score', *curve, *categories], table.tolist(), lines)
-    print(visualization.draw_curve(args.out_prefix + '_curve.png', thresholds[:shown], ranked[:shown], args.comment))
+    curve['t'] = thresholds[:shown]
+    return at_best, curve, (['background_score', *means, *categories], table.tolist()), lines
 
 
-def report_one(matrix, categories, chosen, result, args):
-    """Reports the IoU of every class and the means, in percent. chosen, result: see `report_curve`."""
+def report_one(matrix, categories, chosen):
+    """Reports the IoU of every class and the means, in percent. matrix: int64 (K+1, K+1); categories, chosen: see
+    `warn_of_values`. Returns the means and the IoUs, as dicts, the table for _confusion.csv, and the lines to print."""
     iou = dict(zip(categories, class_measures(matrix)[0].tolist()))
     means = {key: value.item() for key, value in mean_measures(matrix, chosen).items()}
     rows = [[name, *row] for name, row in zip([*categories, 'no class'], matrix.tolist())]
@@ -162,12 +158,10 @@ def report_one(matrix, categories, chosen, result, args):
     lines = ['\t'.join(cells[i:i + 2]) for i in range(0, len(cells), 2)] + ['=' * 54]
     lines.append(f'{"mIoU":>11}:{means["mIoU"]:7.3f}%  ({means["mIoU_present"]:.3f}% over the classes present)')
     if chosen is not None:
-        lines.append(f'{"mIoU":>11}:{means["mIoU_chosen"]:7.3f}%  over {", ".join(args.mean_classes)}')
+        names = ', '.join(categories[index] for index in chosen)
+        lines.append(f'{"mIoU":>11}:{means["mIoU_chosen"]:7.3f}%  over {names}')
     lines += [f'{key:>11}:{means[key]:7.3f}%' for key in ('mFP', 'mFN', 'accuracy')]
-    result |= {'background_score': args.t if args.type == 'npy' else '', 'plateau': '',
-               **{key: round(value, 4) for key, value in means.items()}}
-    write_results(args, result, iou | means, '_confusion.csv', ['truth \\ prediction', *categories, 'no class'], rows,
-                  lines)
+    return means, iou, (['truth \\ prediction', *categories, 'no class'], rows), lines
 
 
 def get_args_parser():
@@ -254,13 +248,28 @@ def main(args):
     for warning in ground_truth_warnings(args.gt_dir, names, class_names):
         print(f'warning: {warning}')
 
-    canonical = find_canonical(names) if list(class_names) == CAT_LIST else None
+    thresholds = np.array(args.t_list or LONG_CURVE) if args.curve else np.array([args.t or 0.])
+    matrices, values = evaluate(names, args.predict_dir, args.gt_dir, args.type, thresholds, len(class_names),
+                                args.num_workers)
+    warn_of_values(values, categories, chosen, args.predict_dir, args.gt_dir)
+
+    canonical = find_canonical(names) if categories[1:] == CAT_LIST else None
     result = {'comment': args.comment, 'list': canonical or '', 'images': len(names)}
     if args.curve:
-        thresholds = np.array(args.t_list) if args.t_list else LONG_CURVE
-        report_curve(thresholds, evaluate(names, args, thresholds), categories, chosen, result, args)
+        at_best, curve, table, lines = report_curve(thresholds, matrices, categories, chosen,
+                                                    len(args.t_list or CURVE))
+        if 0 < at_best['background_score'] < 1:
+            lines.append(suggest_alphas(at_best['background_score'], len(names)))
+        log = {'best_' + key: value for key, value in at_best.items()}
+        log |= {key: value.tolist() for key, value in curve.items()}
+        write_results(args.out_prefix, args.logfile, args.comment, result | at_best, log, '_curve.csv', table, lines)
+        print(visualization.draw_curve(args.out_prefix + '_curve.png', curve['t'],
+                                       curve['mIoU_chosen' if chosen else 'mIoU'], args.comment))
     else:
-        report_one(evaluate(names, args, np.array([args.t or 0.]))[0], categories, chosen, result, args)
+        means, iou, table, lines = report_one(matrices[0], categories, chosen)
+        result |= {'background_score': args.t if args.type == 'npy' else '', 'plateau': '',
+                   **{key: round(value, 4) for key, value in means.items()}}
+        write_results(args.out_prefix, args.logfile, args.comment, result, iou | means, '_confusion.csv', table, lines)
 
 
 if __name__ == '__main__':

@@ -82,9 +82,8 @@ def test_workers_give_the_same_sums_as_one_process(g, tmp_path):
                 os.makedirs(tmp_path / folder, exist_ok=True)
                 os.symlink(os.path.join(GOLDEN, 'g09_png', f'{name}_{kind}.png'),
                            tmp_path / folder / f'{names[-1]}.png')
-    flags = ['--comment', 'x', '--gt_dir', str(tmp_path / 'gt'), '--predict_dir', str(tmp_path / 'pred')]
-    one, two = (evaluation.evaluate(names, evaluation.get_args_parser().parse_args([*flags, '--num_workers', workers]),
-                                    np.zeros(1)) for workers in '08')
+    one, two = (evaluation.evaluate(names, tmp_path / 'pred', tmp_path / 'gt', 'png', np.zeros(1), 20, workers)[0]
+                for workers in (0, 8))
     assert (one == two).all() and one.sum() == 12 * sum((g[f'gt:{name}'] != 255).sum() for name in g['names'])
 
 

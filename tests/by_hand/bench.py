@@ -207,11 +207,11 @@ def bench_curve(args, files=40):
     some = [0, 26, 59]          # the thresholds that the reference's way is timed on
     with tempfile.TemporaryDirectory() as root:
         names = write_files(root, files, h, w)
-        flags = evaluation.get_args_parser().parse_args(['--predict_dir', root + '/cam', '--gt_dir', root + '/gt',
-                                                         '--type', 'npy', '--num_workers', '0', '--comment', ''])
 
         def one_pass():
-            return mean_measures(evaluation.evaluate(names, flags, evaluation.CURVE))['mIoU'][some]
+            matrices, _ = evaluation.evaluate(names, root + '/cam', root + '/gt', 'npy', evaluation.CURVE, NUM_CLASSES,
+                                              num_workers=0)
+            return mean_measures(matrices)['mIoU'][some]
         compare('curve', f'{h}x{w}, {files} files, 60 scores (reference: {len(some)}, scaled up)',
                 lambda: reference_curve(names, root, evaluation.CURVE[some]), {'one pass': one_pass}, args, files,
                 factor=len(evaluation.CURVE) / len(some))
