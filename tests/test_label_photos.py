@@ -10,6 +10,7 @@ import torch
 from tool import label_photos
 from tool.cli import BadInput
 from tool.image_files import read_label_map
+from tool.image_lists import load_img_name_list
 from voc12 import make_custom, make_toy
 
 
@@ -63,7 +64,7 @@ def commands(photos, monkeypatch):
 def of(log, script):
     """The flags of the commands of a script, in order, as its own parser reads them."""
     parser = importlib.import_module(script).get_args_parser()
-    return [parser.parse_args(words) for name, *words in log if name == script + '.py']
+    return [parser.parse_args(words) for name, *words in log if name == script.split('.')[-1] + '.py']
 
 
 def test_every_step_reads_what_the_one_before_wrote(commands):
@@ -80,6 +81,15 @@ def test_every_step_reads_what_the_one_before_wrote(commands):
     assert [aff.la_crf_dir, aff.ha_crf_dir] == [f'{crf.out_crf}_{alpha}' for alpha in crf.crf_alpha]
     assert {args.class_names for args in (seam, cam, crf, aff, walk)} == {'out/data/class_names.txt'}
     assert walk.out_rw == 'out/labels' and os.path.isfile('out/report.md')
+
+
+def test_sheets_leave_out_photographs_without_a_class(commands, photos):
+    lines = (photos / 'labels.csv').read_text().splitlines()
+    (photos / 'labels.csv').unlink()
+    (photos / 'labels.csv').write_text('\n'.join([lines[0].split(",")[0] + ",", *lines[1:]]) + '\n')
+    sheets = of(commands(), 'tool.visualization')
+    shown, = {tuple(load_img_name_list(sheet.list)) for sheet in sheets}
+    assert shown == tuple(line.split('.')[0] for line in lines[1:])
 
 
 @pytest.mark.parametrize('images, batch_size, epochs', [(3, 3, 130), (200, 8, 5), (1040, 8, 1), (5000, 8, 1)])

@@ -25,6 +25,7 @@ from tool.image_lists import load_img_name_list, read_lines
 from tool.tables import GT_FOLDER, LITE0, pass_on
 from tool.text_files import read_csv, write_text
 from tool.thresholds import exponents_to_start_with
+from tool.unpickle import load_dict
 from tool.workers import available_cores
 
 BATCH, STEPS = 8, 130           # images of a step; about how many steps SEAM is trained
@@ -133,12 +134,11 @@ def plan(args, root, names, on_gpu):
         return ['--session_name', path, *(resume if os.path.isfile(path + '_last.pth') else [])]
 
     def sheet(path, *flags):
-        return ['tool/visualization.py', '--voc12_root', root, '--list', names, '--count', 20, '--seed', 0,
-                '--cam_dir', f'{out}/cam', *flags, '--out', path]
+        return ['tool/visualization.py', '--voc12_root', root, '--list', f'{out}/with_class.txt', '--count', 20,
+                '--seed', 0, '--cam_dir', f'{out}/cam', *flags, '--out', path]
 
     train = ['train_SEAM.py', *data, *seam, '--train_list', names, *settings, '--lr', rate, *length,
-             '--tblog_dir', f'{out}/tblog',
-             *session('seam')]
+             '--tblog_dir', f'{out}/tblog', *session('seam')]
     cams = ['infer_SEAM.py', *data, *seam, '--infer_list', names, '--weights', f'{out}/seam.pth', *views,
             '--out_cam', f'{out}/cam', *resume]
     crfs = ['infer_SEAM.py', *data, '--infer_list', names, '--cam_dir', f'{out}/cam', '--out_crf', f'{out}/crf',
@@ -248,6 +248,11 @@ def main(args):
     make, check = data_commands(args, root, names)
     run(make)
     run(check, 'mend what its lines with PROBLEM name, and run the same command again')
+
+    # the sheets leave out photographs without a class: their CAM is empty, and all their pixels are background
+    labels = load_dict(f'{root}/cls_labels.npy', '--cls_labels')
+    write_text(f'{args.out}/with_class.txt',
+               ''.join(f'{name}.jpg\n' for name in load_img_name_list(names) if labels[name].any()))
 
     stages = plan(args, root, names, on_gpu)
     minutes = run_stages(stages, args.resume, on_gpu)
