@@ -1,4 +1,7 @@
-"""Steps 3 and 6: mIoU of label maps or of score dicts, or its curve over the background score. See the README."""
+"""Steps 3, 6 and 9: evaluates label maps, CAM dicts or CRF dicts, or CAM dicts over all background scores.
+
+Reads predictions and ground truth. Prints the mIoU, appends it to --logfile, and writes tables, <out_prefix>_*.csv.
+"""
 import argparse
 import functools
 import os
@@ -7,7 +10,7 @@ import time
 import numpy as np
 
 from tool import image_files, score_files, visualization
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, make_dir, str2bool
+from tool.cli import BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, make_dir, str2bool
 from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
 from tool.text_files import write_csv
@@ -165,7 +168,7 @@ def report_one(matrix, categories, chosen):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # data
     add('--list', default='./VOC2012/ImageSets/Segmentation/train.txt', help='list of the images to evaluate')
@@ -188,7 +191,7 @@ def get_args_parser():
         help='classes for an additional mean, which then selects the best score, such as: background cat dog')
     # outputs
     add('--logfile', default='./evallog.txt', help='log file; the result is appended to it')
-    add('--comment', required=True, help='description of this result, written into the log file')
+    add('--comment', required=True, help='name of this result in the log file')
     add('--out_prefix',
         help='prefix of the .csv and .png files. Default: the name of --predict_dir, beside the log file')
     return parser

@@ -1,4 +1,7 @@
-"""Step 2: class activation maps over scales and mirrors, and their dense CRF. See the README."""
+"""Step 2: computes class activation maps (CAMs) over scales and mirrors, and their dense CRF at several exponents.
+
+Reads weights, images and labels. Writes CAM dicts, --out_cam/NAME.npy, and CRF dicts, <out_crf>_4.0/NAME.npy.
+"""
 import argparse
 import os
 import sys
@@ -12,7 +15,8 @@ from network.grad_cam import grad_cam
 from network.seam import class_scores
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.cli import (BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, import_network,
+                      make_dir)
 from tool.devices import autocast, get_device, get_rank
 from tool.files import atomic_write, file_digest
 from tool.on_error import Errors, no_more_than_a_warning
@@ -147,7 +151,7 @@ def label_map(cam_dict, background_score, size):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012',

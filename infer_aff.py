@@ -1,4 +1,7 @@
-"""Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels. See the README."""
+"""Step 5: a random walk with AffinityNet's affinities turns CAMs into pseudo labels.
+
+Reads weights, images and the CAM dicts of step 2. Writes label maps, --out_rw/NAME.png.
+"""
 import argparse
 import os
 import sys
@@ -12,7 +15,8 @@ from torchvision import transforms
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
 from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, import_network, make_dir, str2bool
+from tool.cli import (BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, import_network,
+                      make_dir, str2bool)
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.on_error import Errors, no_more_than_a_warning
@@ -113,7 +117,7 @@ def write_results(name, scores, present, img, ignored, num_classes, label_folder
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')

@@ -1,4 +1,7 @@
-"""Step 8: label maps of a trained segmentation network. See the README."""
+"""Step 8: segments images with a trained network.
+
+Reads weights and images, no labels. Writes label maps, --out_seg/NAME.png, or probabilities, --out_prob/NAME.npy.
+"""
 import argparse
 import math
 import os
@@ -10,7 +13,8 @@ import torch.nn.functional as F
 
 from network.weights import load_trained
 from tool import imutils, visualization
-from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, import_network, make_dir
+from tool.cli import (BadInput, HelpFormatter, check_file, check_range, exit_on_bad_input, import_network, make_dir,
+                      str2bool)
 from tool.crf import SEGMENTATION_CRF, choose_crf_backend, choose_crf_workers, crf_inference, describe_crf
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
@@ -96,7 +100,7 @@ def write_results(name, prob, img, label_folder, prob_folder, use_crf, backend, 
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
@@ -122,7 +126,8 @@ def get_args_parser():
     add('--flip', default=1, type=int, choices=[0, 1], help='1 also runs the mirror image at each scale; 0 does not')
     add('--tile', type=int, metavar='SIDE', help='for large images: run the network on overlapping squares of this '
         'side, in pixels, and average their probabilities; less memory, but the network sees less around each pixel')
-    add('--crf', default='on', choices=['on', 'off'], help='apply one iteration of the dense CRF to the probabilities')
+    add('--crf', default=True, type=str2bool, nargs='?', const=True, metavar='BOOL',
+        help='apply one iteration of the dense CRF to the probabilities')
     add('--crf_backend', choices=['pydensecrf', 'torch'],
         help='implementation of the CRF; torch runs on --device. Default: pydensecrf if it is installed, else torch')
     add('--crf_workers', type=int,
@@ -159,7 +164,7 @@ def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
     device = get_device(args.device, args.tf32)
-    backend = choose_crf_backend(args.crf_backend) if args.crf == 'on' else None
+    backend = choose_crf_backend(args.crf_backend) if args.crf else None
 
     # ----- data and network -----
     dataset = VOC12ImageDataset(args.infer_list, args.voc12_root, transform=normalize, images=args.images)
@@ -169,7 +174,7 @@ def main(args):
     # ----- outputs -----
     settings = {key: getattr(args, key) for key in ('network', 'backbone', 'scales', 'flip', 'amp', 'tile')}
     settings.update(weights=file_digest(args.weights), class_names=class_names,
-                    crf=describe_crf(SEGMENTATION_CRF) if args.crf == 'on' else None)
+                    crf=describe_crf(SEGMENTATION_CRF) if args.crf else None)
     label_folder = ResultFolder(args.out_seg, '--out_seg', '.png', settings) if args.out_seg else None
     prob_folder = ResultFolder(args.out_prob, '--out_prob', '.npy', settings) if args.out_prob else None
     folders = [folder for folder in (label_folder, prob_folder) if folder]
@@ -190,7 +195,7 @@ def main(args):
                                          args.amp)
                 if not np.isfinite(prob).all():
                     raise BadInput(f'the probabilities of {name} are NaN (--weights {args.weights}, --amp {args.amp})')
-                pool.submit(write_results, name, prob, img, label_folder, prob_folder, args.crf == 'on', backend,
+                pool.submit(write_results, name, prob, img, label_folder, prob_folder, args.crf, backend,
                             device, class_names, args.vis_dir if name in pictured else None, name=name)
                 space.count_image()
     sys.exit(errors.report())

@@ -1,4 +1,7 @@
-"""Step 1: trains ResNet38 with SEAM on image-level labels. See the README."""
+"""Step 1: trains ResNet38 with SEAM on image-level labels.
+
+Reads images and labels. Writes the weights <session_name>.pth, the checkpoint _last.pth for --resume, .log and .jsonl.
+"""
 import argparse
 import functools
 import os
@@ -13,7 +16,7 @@ from network.classifier import check_mean_pooling, fit_classifier
 from network.seam import class_scores, pseudo_label
 from network.weights import choose_memory_format, load_weights
 from tool import imutils, visualization
-from tool.cli import BadInput, check_range, exit_on_bad_input, import_network
+from tool.cli import BadInput, HelpFormatter, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.metrics import ClassificationMeter
 from tool.pyutils import AverageMeter, Timer
@@ -134,7 +137,7 @@ def scores_and_maps(net, img):
 # ----- the script -----
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012',

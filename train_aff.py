@@ -1,4 +1,8 @@
-"""Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha. See the README."""
+"""Step 4: trains AffinityNet on the CRF labels of a low and a high background alpha.
+
+Reads images and the two CRF folders of step 2. Writes the weights <session_name>.pth, the checkpoint _last.pth for
+--resume, .log and .jsonl.
+"""
 import argparse
 import functools
 
@@ -9,7 +13,7 @@ from torchvision.transforms import ColorJitter
 from network.weights import choose_memory_format, load_weights
 from tool import imutils
 from tool.affinity_pairs import STRIDE
-from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
+from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.outputs import describe_folder
 from tool.pyutils import AverageMeter, Timer
@@ -51,16 +55,18 @@ def affinity_loss(aff, bg_label, fg_label, neg_label, counts=None):
 # ----- the script -----
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
     add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
-    add('--val_list', default='voc12/val.txt', help='unused, as in the reference')
+    add('--val_list', default='voc12/val.txt', help='ignored; accepted because the original has this flag')
     add('--la_crf_dir', required=True,
-        help='folder of CRF scores at the low alpha, <out_crf>_4.0; it decides what is object')
+        help='folder of CRF scores at the low alpha, <out_crf>_4.0; the pixels that it labels as objects are learned as '
+             'objects')
     add('--ha_crf_dir', required=True,
-        help='folder of CRF scores at the high alpha, <out_crf>_24.0; it decides what is background')
+        help='folder of CRF scores at the high alpha, <out_crf>_24.0; the pixels that it labels as background are learned '
+             'as background')
     add('--class_names',
         help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
     add('--crop_size', default=448, type=int, help='side of the square training crop, in pixels')

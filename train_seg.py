@@ -1,4 +1,8 @@
-"""Step 7: trains DeepLabv1 on label maps, the pseudo labels of step 5. See the README."""
+"""Step 7: trains DeepLabv1 on label maps, the pseudo labels of step 5.
+
+Reads images and label maps. Writes the weights <session_name>.pth, the checkpoint _last.pth for --resume, .log and
+.jsonl.
+"""
 import argparse
 import os
 
@@ -9,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from network.weights import choose_memory_format, load_weights
 from tool import imutils, visualization
-from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, import_network
+from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
 from tool.image_files import IGNORE
 from tool.outputs import describe_folder
@@ -50,7 +54,7 @@ def normalize_whole_image(img):
 # ----- the script -----
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # data
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')

@@ -76,7 +76,7 @@ REFERENCE_DEFAULTS = {
                       alpha=6, out_rw='out_rw', beta=8, logt=6, crf=False),
     'train_seg': dict(batch_size=10, max_iters=20000, lr=0.001, momentum=0.9, wt_dec=5e-4, crop_size=448,
                       scale_range=[0.5, 1.5], hsv=[10, 10, 10], network='network.resnet38_deeplab', freeze_bn=False),
-    'infer_seg': dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=1, crf='on', infer_list='voc12/val.txt'),
+    'infer_seg': dict(scales=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=1, crf=True, infer_list='voc12/val.txt'),
     'evaluation': dict(list='./VOC2012/ImageSets/Segmentation/train.txt', predict_dir='./out_rw',
                        gt_dir='./VOC2012/SegmentationClass', logfile='./evallog.txt', type='png', t=None, curve=False),
 }
@@ -98,11 +98,19 @@ def test_required_flags(script):
     assert {action.dest for action in parser_of(script)._actions if action.required} == REQUIRED[script]
 
 
-@pytest.mark.parametrize('flag, script', [('--curve', 'evaluation'), ('--crf', 'infer_aff')])
+@pytest.mark.parametrize('flag, script', [('--curve', 'evaluation'), ('--crf', 'infer_aff'), ('--crf', 'infer_seg')])
 def test_true_and_false_mean_what_they_say(flag, script):
-    base = {'evaluation': ['--comment', 'x'], 'infer_aff': ['--weights', 'x', '--cam_dir', 'x']}[script]
-    for given, expected in (([], False), ([flag], True), ([flag, 'True'], True), ([flag, 'False'], False)):
+    base = {'evaluation': ['--comment', 'x'], 'infer_aff': ['--weights', 'x', '--cam_dir', 'x'],
+            'infer_seg': ['--weights', 'x']}[script]
+    for given, expected in (([flag], True), ([flag, 'True'], True), ([flag, 'on'], True), ([flag, 'False'], False)):
         assert getattr(parser_of(script).parse_args(base + given), flag[2:]) is expected
+
+
+def test_help_states_each_default_once_and_what_is_required():
+    text = ' '.join(parser_of('infer_aff').format_help().split())
+    assert '(default: None)' not in text
+    assert 'not a CRF folder (required)' in text and 'suppresses weak affinities more (default: 8)' in text
+    assert '(default: 0.5 1.0 1.5 2.0)' in ' '.join(parser_of('infer_SEAM').format_help().split())
 
 
 def test_max_epochs_in_both_spellings():

@@ -13,6 +13,20 @@ from tqdm import tqdm
 HANG_UP = [signal.SIGHUP] if hasattr(signal, 'SIGHUP') else []      # of a terminal that is closed; not on Windows
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints the description as it is written, and adds "(required)" or "(default: ...)" to the help of each flag. The
+    default is left out where the help states it, and where it says nothing: None, an empty list, a switch."""
+
+    def _get_help_string(self, action):
+        if action.required:
+            return f'{action.help} (required)'
+        if 'efault: ' in action.help or action.nargs == 0 or action.default in (None, []):
+            return action.help
+        if isinstance(action.default, (list, tuple)):
+            return f'{action.help} (default: {" ".join(map(str, action.default))})'
+        return super()._get_help_string(action)
+
+
 class BadInput(ValueError):
     """A file or a flag that the user has to change. Its text is one line: what is wrong, which file, which flag."""
 

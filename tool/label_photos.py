@@ -18,7 +18,7 @@ import time
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_file, check_range, exit_on_bad_input, make_dir
+from tool.cli import BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, make_dir
 from tool.commands import ROOT, run_child
 from tool.devices import get_device
 from tool.image_lists import load_img_name_list, read_lines
@@ -37,22 +37,22 @@ SEAM, CAM, CRF, AFF, WALK = 0.25, 1.3, 0.5, 0.3, 0.5
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add('--images', required=True, metavar='DIR', help='folder of the photographs, sub-folders included')
     add('--labels', required=True, metavar='CSV',
-        help='a line for each photograph: its file name and its classes (cat1.jpg,cat,dog), or no class (sky.jpg,); '
+        help='one line per photograph: its file name and its classes (cat1.jpg,cat,dog), or no class (sky.jpg,); '
              'voc12/make_custom.py describes all forms')
     add('--out', required=True, metavar='DIR', help='folder of all results: new, empty, or of this command')
-    add('--class_names', metavar='FILE', help='the classes, one a line (default: those of --labels, sorted)')
+    add('--class_names', metavar='FILE', help='the classes, one per line (default: those of --labels, sorted)')
     add('--label_columns', nargs='+', metavar='NAME', help='columns of --labels that hold the classes')
     add('--masks', metavar='DIR',
         help='ground truth of some or all photographs, PNGs of class indices named as they are: the CAMs and the '
              'labels are scored with it, and nothing is trained on it')
     add('--t', type=float, metavar='T',
         help='background threshold of the CAMs, 0.1 to 0.9: a higher one labels less as object. Chosen on '
-             'thresholds.png; not given: exponents that suit CAMs whose best threshold is about 0.5')
-    add('--device', help='cuda (all visible GPUs), cuda:N or cpu; not given: cuda where there is one')
+             'thresholds.png. Default: exponents that suit CAMs whose best threshold is about 0.5')
+    add('--device', help='cuda (all visible GPUs), cuda:N or cpu. Default: cuda if it is available')
     add('--resume', action='store_true', help='keep what is finished; without it, everything is computed again')
     return parser
 

@@ -14,7 +14,7 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool import image_files, score_files
-from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
+from tool.cli import BadInput, HelpFormatter, check_dir, exit_on_bad_input, make_dir
 from tool.image_lists import get_img_path, read_lines
 
 
@@ -65,7 +65,7 @@ def print_table(args):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True)
     trivial = commands.add_parser('trivial', help='write trivial label maps: all background, and the label everywhere')
     trivial.add_argument('--cam_dir', required=True, help='folder of CAM files, for the names, sizes and classes')

@@ -23,7 +23,7 @@ import sys
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, exit_on_bad_input, make_dir
+from tool.cli import BadInput, HelpFormatter, exit_on_bad_input, make_dir
 from tool.commands import ROOT, run_child
 from tool.files import file_digest
 from tool.image_lists import load_img_name_list
@@ -274,7 +274,7 @@ def write_tables(records, args):
 # ----- the script -----
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     # what to do
     tables = '1', 'refinement', 'activation', 'scale', 'transform', 'retrain', 'all'
@@ -287,7 +287,7 @@ def get_args_parser():
              'add --train="--max_epochs N" and the same to --train_aff')
     add('--count', default=240, type=int, help='number of drawings, for --toy')
     add('--resume', action='store_true', help='keep finished work; without it, everything is computed again')
-    add('--out', default='tables', help='folder to write all results to')
+    add('--out', default='tables', help='folder to write all results to (default: tables, or tables_toy with --toy)')
     # data
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/ and SegmentationClass/')
     add('--train_list', default='voc12/train_aug.txt', help='list of the training images')

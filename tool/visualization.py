@@ -1,4 +1,4 @@
-"""Pictures: CAMs on images, label maps in colour, contact sheets, TensorBoard. No loss imports this.
+"""Pictures: CAMs on images, label maps in colour, contact sheets, TensorBoard.
 
     python tool/visualization.py --voc12_root VOC2012 --list LIST --out sheet.png \\
         --cam_dir plain_cam cam --crf_dir crf_4.0 crf_24.0 --label_dir out_rw
@@ -31,7 +31,7 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool import image_files, imutils, score_files
-from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
+from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input
 from tool.files import atomic_write, describe
 from tool.image_lists import get_img_path, load_img_name_list
 from tool.thresholds import exponents_to_start_with
@@ -255,11 +255,11 @@ def describe_thresholds(thresholds, shares):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add('--voc12_root', required=True, help='data root; contains JPEGImages/, and SegmentationClass/ if you have masks')
     add('--list', required=True, help='list of the images')
-    add('--count', default=5, type=int, help='number of images to draw (default: %(default)s)')
+    add('--count', default=5, type=int, help='number of images to draw')
     add('--seed', type=int, metavar='N', help='draw random images of the list, others for each N. Default: the first')
     add('--cam_dir', default=[], nargs='+', help='folders of CAM dicts; the strongest class is drawn')
     add('--t', type=float, nargs='+', metavar='T',

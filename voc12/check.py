@@ -16,7 +16,7 @@ import numpy as np
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_range, dead_link, exit_on_bad_input
+from tool.cli import BadInput, HelpFormatter, check_dir, check_range, dead_link, exit_on_bad_input
 from tool.files import describe
 from tool.image_files import IGNORE, decode_image, read_image, read_label_map, stored_mode
 from tool.workers import parallel_map
@@ -31,16 +31,15 @@ FEW = 0.1                          # share of the images whose mask and label ma
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument('--voc12_root', default='VOC2012',
-                        help='folder VOC2012 of the devkit, or a folder of the same layout (default: %(default)s)')
-    parser.add_argument('--list', default='voc12/train_aug.txt', help='list of the images (default: %(default)s)')
+                        help='folder VOC2012 of the devkit, or a folder of the same layout')
+    parser.add_argument('--list', default='voc12/train_aug.txt', help='list of the images')
     parser.add_argument('--gt_dir',
                         help='folder of masks, in which every image must have one (default: SegmentationClass in '
                              '--voc12_root, where only images of VOC train and val must have one)')
     parser.add_argument('--cls_labels', default='voc12/cls_labels.npy',
-                        help='image-level labels; if the file is missing, the XML files are read (default: '
-                             '%(default)s)')
+                        help='image-level labels; if the file is missing, the XML files are read')
     parser.add_argument('--class_names',
                         help="text file with the names of the foreground classes, one per line (default: VOC's 20)")
     parser.add_argument('--num_workers', default=8, type=int, help='number of processes; 0 uses the main process')

@@ -28,7 +28,7 @@ except ImportError:                 # reported when the command runs; --help wor
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_range, exit_on_bad_input, make_dir
+from tool.cli import BadInput, HelpFormatter, check_range, exit_on_bad_input, make_dir
 from tool.files import atomic_write
 from tool.image_files import IGNORE, decode_image, read_label_map
 from tool.workers import parallel_map
@@ -37,7 +37,7 @@ from voc12.masks import wrong_values
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument('--label_dir', required=True, metavar='DIR', help='folder of the label maps, NAME.png')
     parser.add_argument('--voc12_root', required=True, metavar='ROOT', help='data root of their images')
     parser.add_argument('--class_names', metavar='FILE',

@@ -15,7 +15,7 @@ from tqdm import tqdm
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, exit_on_bad_input
+from tool.cli import BadInput, HelpFormatter, check_dir, exit_on_bad_input
 from tool.files import atomic_write
 from tool.image_files import IGNORE, read_label_map
 from voc12.canonical import compare_labels
@@ -28,12 +28,12 @@ REPO_ROOT = os.path.dirname(HERE)
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument('--train_list', default='train_aug.txt',
                         help='list of the training images; a file name without folder is looked for in the working '
-                             'directory, then beside this script (default: %(default)s)')
+                             'directory, then beside this script')
     parser.add_argument('--val_list', default='val.txt',
-                        help='list of the validation images, found in the same way (default: %(default)s)')
+                        help='list of the validation images, found in the same way')
     parser.add_argument('--out', default=os.path.join(HERE, 'cls_labels.npy'),
                         help='file to write (default: cls_labels.npy beside this script, where training looks for it)')
     parser.add_argument('--voc12_root', required=True,
@@ -41,7 +41,7 @@ def get_args_parser():
                              'directory is looked for in the folder of the repository')
     parser.add_argument('--source', default='xml', choices=['xml', 'seg'],
                         help='xml: the objects of Annotations/, as in the original labels; seg: the masks of '
-                             f'{AUG_GT_FOLDER}/ or, where that lacks one, {GT_FOLDER}/ (default: %(default)s)')
+                             f'{AUG_GT_FOLDER}/ or, where that lacks one, {GT_FOLDER}/')
     parser.add_argument('--class_names',
                         help="text file with the names of the foreground classes, one per line (default: VOC's 20)")
     return parser

@@ -30,7 +30,7 @@ except ImportError:                 # needed for --masks alone
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_file, check_range, exit_on_bad_input, make_dir
+from tool.cli import BadInput, HelpFormatter, check_file, check_range, exit_on_bad_input, make_dir
 from tool.image_files import save_label_map
 from tool.workers import parallel_map
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_lines, write_root
@@ -41,19 +41,19 @@ MARKER = 'COCO.txt'                # tells a folder of ours from others
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument('--coco_root', required=True, help='folder of the annotations and the images, see above')
     parser.add_argument('--out', default='COCO', metavar='ROOT',
-                        help='folder to write: new, empty, or made by this script before (default: %(default)s)')
+                        help='folder to write: new, empty, or made by this script before')
     parser.add_argument('--names', default=os.path.join(HERE, 'coco_names.txt'), metavar='FILE',
-                        help='text file to write, the --class_names of the other scripts: one class a line, by '
-                             'ascending category id (default: %(default)s)')
+                        help='text file to write, the --class_names of the other scripts: one class per line, by '
+                             'ascending category id (default: coco_names.txt beside this script)')
     parser.add_argument('--masks', action='store_true', help=f'write {GT_FOLDER}/ too, for evaluation.py')
     parser.add_argument('--negatives', action='store_true',
                         help='keep the images without any annotation: they count as images that show no class')
     parser.add_argument('--resume', action='store_true', help='keep the masks that an interrupted run has finished')
-    parser.add_argument('--year', default=2014, type=int, help='the year in the names above (default: %(default)s)')
-    parser.add_argument('--num_workers', default=8, type=int, help='processes; 0 works in the main one')
+    parser.add_argument('--year', default=2014, type=int, help='year in the names of these files and folders')
+    parser.add_argument('--num_workers', default=8, type=int, help='number of processes; 0 uses the main process')
     return parser
 
 

@@ -37,7 +37,7 @@ import numpy as np
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input
+from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_root
 from voc12.lists import (GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, common_classes, join_first,
@@ -58,7 +58,7 @@ IN_NAMES = set("_-.'’()")          # punctuation that names of classes may hav
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument('--images', required=True, metavar='DIR', help='folder of the images, sub-folders included')
     parser.add_argument('--labels', required=True, metavar='CSV', help='image-level labels, see above')
     parser.add_argument('--out', required=True, metavar='ROOT',
@@ -69,10 +69,11 @@ def get_args_parser():
                              'not every image needs one')
     parser.add_argument('--val_share', default=0.2, type=float,
                         help='share of the images in val.txt, 0 to 0.9; 0 writes no val.txt. The last image of a class '
-                             'stays in train (default: %(default)s)')
-    parser.add_argument('--seed', default=0, type=int, help='seed of the random split (default: %(default)s)')
+                             'stays in train')
+    parser.add_argument('--seed', default=0, type=int, help='seed of the random split')
     parser.add_argument('--class_names', metavar='FILE',
-                        help='foreground classes, one a line (default: those of --labels, sorted)')
+                        help='text file with the names of the foreground classes, one per line (default: those of '
+                             '--labels, sorted)')
     parser.add_argument('--label_columns', nargs='+', metavar='NAME',
                         help='columns of the header that hold the classes; other columns are ignored')
     parser.add_argument('--copy', action='store_true', help='copy images and masks instead of making links to them')

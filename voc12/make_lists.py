@@ -14,7 +14,7 @@ import sys
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, exit_on_bad_input, make_dir
+from tool.cli import BadInput, HelpFormatter, check_dir, exit_on_bad_input, make_dir
 from voc12.canonical import CANONICAL, compare_names
 from voc12.data_root import write_lines
 from voc12.lists import (ANNOT_FOLDER, AUG_GT_FOLDER, IMG_FOLDER, LIST_FOLDER, join_first, get_img_path, read_names,
@@ -24,8 +24,8 @@ ONE_COLUMN = ('test', 'all_annotated')      # lists in which some or all images 
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit (default: %(default)s)')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit')
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--sbd_root', help='folder benchmark_RELEASE of SBD, or the folder dataset in it; train_aug '
                                            'becomes VOC train plus SBD train and val, minus VOC val')

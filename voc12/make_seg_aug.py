@@ -19,7 +19,7 @@ from scipy.io import loadmat
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import BadInput, check_dir, check_range, exit_on_bad_input, make_dir
+from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input, make_dir
 from tool.files import atomic_write
 from tool.image_files import IGNORE, read_label_map, save_label_map
 from tool.workers import parallel_map
@@ -30,9 +30,9 @@ NUM_CLASSES = len(CAT_LIST)        # SBD has the classes of VOC, in the same ord
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument('--sbd_root', required=True, help='folder benchmark_RELEASE of SBD, or dataset in it')
-    parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit (default: %(default)s)')
+    parser.add_argument('--voc12_root', default='VOC2012', help='folder VOC2012 of the devkit')
     parser.add_argument('--out', help=f'folder for the masks (default: {AUG_GT_FOLDER} in --voc12_root)')
     parser.add_argument('--num_workers', default=8, type=int, help='number of processes; 0 uses the main process')
     parser.add_argument('--resume', action='store_true', help='keep the masks that an interrupted run has finished')

@@ -19,7 +19,7 @@ from PIL import Image
 if not __package__:        # run as a script: Python puts voc12/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from tool.cli import check_range, exit_on_bad_input, make_dir
+from tool.cli import HelpFormatter, check_range, exit_on_bad_input, make_dir
 from tool.files import atomic_write
 from tool.image_files import IGNORE, save_label_map
 from voc12.data_root import check_out, write_lines
@@ -228,22 +228,21 @@ def split_indices(count, num_classes):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description='Writes a synthetic data set in the layout of VOC2012.')
+    parser = argparse.ArgumentParser(description='Writes a synthetic data set in the layout of VOC2012.',
+                                     formatter_class=HelpFormatter)
     parser.add_argument('--out', required=True, metavar='ROOT',
                         help='folder to write, the --voc12_root of the other scripts; an older toy set is overwritten')
     parser.add_argument('--count', default=400, type=int, metavar='N',
-                        help='number of images, a quarter of them in val; use 4 per class or more (default: '
-                             '%(default)s)')
+                        help='number of images, a quarter of them in val; use 4 per class or more')
     parser.add_argument('--size', default=[128, 160], type=int, nargs=2, metavar=('H', 'W'),
-                        help='height and width in pixels, from which each image differs by up to 15%% (default: 128 '
-                             '160)')
+                        help='height and width in pixels, from which each image differs by up to 15%%')
     parser.add_argument('--classes', type=int, metavar='K',
                         help='draw objects of only the first K classes (default: 6, or all if there are fewer); '
                              'networks still have an output for every class')
     parser.add_argument('--class_names',
                         help="text file with the names of the foreground classes, one per line (default: VOC's 20)")
     parser.add_argument('--seed', default=0, type=int, metavar='S',
-                        help='the same seed and flags make the same files (default: %(default)s)')
+                        help='the same seed and flags make the same files')
     return parser
 
 

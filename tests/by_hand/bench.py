@@ -38,7 +38,7 @@ from network.affinity import AffinityHead, to_dense_matrix
 from network.seam import NUM_CLASSES, normalize_cam_for_pcm
 from tool import crf, image_files, imutils, score_files
 from tool.affinity_pairs import STRIDE, pair_indices
-from tool.cli import exit_on_bad_input
+from tool.cli import HelpFormatter, exit_on_bad_input
 from tool.densecrf import DenseCRF, unary_energy
 from tool.devices import get_device
 from tool.metrics import mean_measures
@@ -372,7 +372,7 @@ def cpu_name():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument('stages', nargs='*', metavar='stage', choices=[[], *STAGES, 'voc'],
                         help=f'{", ".join(STAGES)}, or voc by itself; without any: all but voc, and cam and train only '
                              'on a GPU or at --width 16, for they take minutes')
