@@ -62,11 +62,9 @@ def get_args_parser():
     add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
     add('--val_list', default='voc12/val.txt', help='ignored; accepted because the original has this flag')
     add('--la_crf_dir', required=True,
-        help='folder of CRF scores at the low alpha, <out_crf>_4.0; the pixels that it labels as objects are learned as '
-             'objects')
+        help='folder of CRF scores at the low alpha, <out_crf>_4.0: what it labels as an object is learned as one')
     add('--ha_crf_dir', required=True,
-        help='folder of CRF scores at the high alpha, <out_crf>_24.0; the pixels that it labels as background are learned '
-             'as background')
+        help='folder of CRF scores at the high alpha, <out_crf>_24.0: its background is learned as background')
     add('--class_names',
         help='text file with the names of the foreground classes, one per line. Default: the 20 classes of VOC')
     add('--crop_size', default=448, type=int, help='side of the square training crop, in pixels')

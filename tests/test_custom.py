@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from custom_runs import FILES, ONE_HOT, ROWS, content, images, labels_of, make, split_of, write_mask
 from tool.cli import BadInput
@@ -74,8 +75,16 @@ def test_flags_for_the_next_scripts_are_printed(images, capsys):
     root = make(images, ROWS, out='my root')
     flags = (f"'{root}/ImageSets/Segmentation/train.txt' --voc12_root '{root}' --cls_labels '{root}/cls_labels.npy' "
              f"--class_names '{root}/class_names.txt'")
-    assert capsys.readouterr().out.splitlines()[-2:] == [f'next: python voc12/check.py --list {flags}',
-                                                         f'then: python train_SEAM.py --train_list {flags}']
+    assert capsys.readouterr().out.splitlines()[-2:] == [f'to check it: python voc12/check.py --list {flags}',
+                                                         f'to train on it: python train_SEAM.py --train_list {flags}']
+
+
+def test_images_without_a_line_are_counted(images, capsys):
+    (images / 'inner').mkdir()
+    for name in ('unused.jpg', 'inner/UNUSED.PNG'):
+        Image.new('RGB', (8, 8)).save(images / name)
+    make(images, ROWS)
+    assert '2 images of' in (text := capsys.readouterr().out) and 'inner/UNUSED.PNG, unused.jpg' in text
 
 
 def test_the_check_passes_what_is_written(images, capsys):

@@ -92,6 +92,26 @@ def test_sheets_leave_out_photographs_without_a_class(commands, photos):
     assert shown == tuple(line.split('.')[0] for line in lines[1:])
 
 
+def test_resume_with_other_labels_is_refused_before_anything_is_written(commands, photos):
+    commands()
+    old = (photos / 'labels.csv').read_text()
+    (photos / 'labels.csv').unlink()
+    (photos / 'labels.csv').write_text(old.replace('cat', 'cow'))
+    before = open('out/data/class_names.txt').read()
+    with pytest.raises(BadInput, match='--labels.*--resume.*--out'):
+        commands('--resume')
+    assert open('out/data/class_names.txt').read() == before and not commands.log
+    commands()
+    assert open('out/data/class_names.txt').read() != before
+
+
+def test_report_warns_of_a_class_that_every_photograph_shows(commands, photos, capsys):
+    (photos / 'labels.csv').unlink()
+    (photos / 'labels.csv').write_text(''.join(f'{name},dog\n' for name in os.listdir('photos')))
+    commands()
+    assert 'every photograph shows dog' in capsys.readouterr().out.split('# Labels of')[1]
+
+
 @pytest.mark.parametrize('images, batch_size, epochs', [(3, 3, 130), (200, 8, 5), (1040, 8, 1), (5000, 8, 1)])
 def test_length_of_the_training_follows_from_the_number_of_images(images, batch_size, epochs):
     length, steps = label_photos.training_length(130, images, min(8, images))
@@ -173,8 +193,8 @@ def test_bad_flags_are_refused_before_anything_is_written(commands, flags, words
 
 
 def test_time_left_follows_the_speed_of_what_is_done():
-    assert label_photos.describe_time(0, 0, 600) == 'about 10 min left on two free cores'
-    assert label_photos.describe_time(200, 100, 600) == 'about 20 min left'
+    assert label_photos.describe_time(0, 0, 600) == '10 min left on two free cores'
+    assert label_photos.describe_time(200, 100, 600) == '20 min left'
 
 
 def test_photographs_become_labels_scores_and_a_coco_file(photos, monkeypatch, capsys):
@@ -204,7 +224,12 @@ def test_photographs_become_labels_scores_and_a_coco_file(photos, monkeypatch, c
     assert len(json.load(open('out/labels.json'))['images']) == 10
     assert all(os.path.getsize(f'out/{name}.png') for name in ('thresholds', 'labels'))
     report = open('out/report.md').read()
-    assert report in capsys.readouterr().out
+    text, commands = report.split('## The commands')
+    assert text in capsys.readouterr().out
+    assert [line.split()[1] for line in commands.splitlines() if line.startswith('python')] == [
+        'voc12/make_custom.py', 'voc12/check.py', 'train_SEAM.py', 'infer_SEAM.py', 'tool/visualization.py',
+        'infer_SEAM.py', 'train_aff.py', 'infer_aff.py', 'tool/visualization.py', 'voc12/export_coco.py',
+        'evaluation.py', 'evaluation.py']
     assert '`cam` has' in report and '`labels` has' in report and 'on 10 images' in report
 
     # the advice of the report, followed: the CAMs stay, and so do the labels

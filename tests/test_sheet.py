@@ -10,6 +10,7 @@ from tool import thresholds, visualization
 from tool.cli import BadInput
 
 CELL = 160
+ROW = CELL + 14        # with the name of the image above it
 
 
 @pytest.mark.parametrize('threshold, exponent', [(.5, 1), (.26, 4.47), (.28, 3.87), (.09, 25.5)])
@@ -64,8 +65,8 @@ def draw(root, *flags):
 
 def cell_of(sheet, row, column):
     """The ten pixels of an image's row, left to right, in a cell."""
-    header = sheet.shape[0] % CELL
-    return sheet[header + row * CELL + CELL // 2, column * CELL + 3:(column + 1) * CELL - 3][7::15]
+    header = sheet.shape[0] % ROW
+    return sheet[header + row * ROW + ROW - CELL // 2, column * CELL + 3:(column + 1) * CELL - 3][7::15]
 
 
 def test_shares_changes_and_exponents_are_in_the_table(root, capsys):
@@ -78,7 +79,7 @@ def test_shares_changes_and_exponents_are_in_the_table(root, capsys):
 
 def test_a_cell_shows_what_a_threshold_labels_and_in_white_what_the_next_one_does_not(root):
     sheet = draw(root, '--t', .2, .6)
-    assert sheet.shape[1] == 4 * CELL and sheet.shape[0] // CELL == 2         # image, CAM and two thresholds; a and c
+    assert sheet.shape[1] == 4 * CELL and sheet.shape[0] // ROW == 2         # image, CAM and two thresholds; a and c
     low, high = cell_of(sheet, 0, 2), cell_of(sheet, 0, 3)
     white, background = [172] * 3, [54] * 3             # of grey 90; class 11, value 12 of a label map, is (64, 0, 128)
     assert (np.abs(low[:2] - np.float32(background)) < 3).all()
@@ -91,7 +92,7 @@ def test_a_cell_shows_what_a_threshold_labels_and_in_white_what_the_next_one_doe
 def test_images_without_a_class_are_passed_over_and_counted(root, capsys):
     draw(root, '--t', .5, '--count', 2)
     out = capsys.readouterr().out
-    assert out.startswith('1 of the images') and 'mean of 2 images' in out
+    assert '; 1 without a class' in out and 'mean of 2 images' in out
     (root / 'list.txt').write_text('b\n')
     with pytest.raises(BadInput, match='list.txt .--list.*--cam_dir'):
         draw(root, '--t', .5)

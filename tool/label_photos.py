@@ -15,12 +15,15 @@ import shlex
 import sys
 import time
 
+import numpy as np
+
 if not __package__:        # run as a script: Python puts tool/ on the path, not the repository root
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, make_dir
 from tool.commands import ROOT, run_child
 from tool.devices import get_device
+from tool.files import atomic_write
 from tool.image_lists import load_img_name_list, read_lines
 from tool.tables import GT_FOLDER, LITE0, pass_on
 from tool.text_files import read_csv, write_text
@@ -190,7 +193,7 @@ def describe_time(past, done, left):
     """Text on the time that is left. past: seconds since the start. done, left: the seconds on two free cores of the
     stages before and of the others; done is 0 where nothing says how fast this machine is."""
     speed, where = (past / done, '') if done else (1, ' on two free cores')
-    return f'about {max(left * speed / 60, 1):.0f} min left{where}'
+    return f'{max(left * speed / 60, 1):.0f} min left{where}'
 
 
 def run_stages(stages, resume, on_gpu):
@@ -200,8 +203,8 @@ def run_stages(stages, resume, on_gpu):
     for number, (title, _, commands) in enumerate(stages):
         past = time.time() - started
         # with --resume, finished work takes no time, which says nothing about the machine
-        left = '' if on_gpu else ', ' + describe_time(past, 0 if resume else sum(seconds[:number]),
-                                                      sum(seconds[number:]))
+        left = describe_time(past, 0 if resume else sum(seconds[:number]), sum(seconds[number:]))
+        left = '' if on_gpu else f', {"at most" if resume else "about"} {left}'
         print(f'\n[{number + 1} of {len(stages)}] {title}: {past / 60:.0f} min so far{left}', flush=True)
         for command in commands:
             run(command)
@@ -209,30 +212,44 @@ def run_stages(stages, resume, on_gpu):
     return minutes
 
 
-def describe_results(args, stages, minutes, scores, coco):
-    """Text of report.md. stages: see `plan`. minutes: of each in this run. scores: dict folder -> line of its
-    _result.csv. coco: a line on the COCO file."""
+def describe_score(folder, score):
+    """A line on the score of a folder in --out. score: line of its _result.csv."""
+    best = f', at their best threshold {score["background_score"]}' if score['background_score'] else ''
+    return (f'- `{folder}` has {float(score["mIoU_present"]):.1f} mIoU over the classes present{best}, on '
+            f'{score["images"]} images with a mask.')
+
+
+def describe_results(args, stages, minutes, notes):
+    """Text of report.md but for the commands. stages: see `plan`. minutes: of each in this run. notes: lines."""
     low, high, walk = choose_exponents(args.t)
     labels = f'{args.out}/labels{suffix_of(args.t)}'
     again = ['tool/label_photos.py', *pass_on(args, *GIVEN, 'out', 'device'), '--t', 'T', '--resume']
     lines = [f'# Labels of {args.images}', '',
              f'- The labels are `{labels}/NAME.png`: 0 is the background, 1 the first class of '
-             f'`{args.out}/data/class_names.txt`. `{labels}.png` shows 20 of them.', f'- {coco}']
-    for folder, score in scores.items():
-        best = f', at their best threshold {score["background_score"]}' if score['background_score'] else ''
-        lines.append(f'- `{folder}` has {float(score["mIoU_present"]):.1f} mIoU over the classes present{best}, on '
-                     f'{score["images"]} images with a mask.')
-    lines += ['', '| stage | minutes in this run |', '|---|---|',
-              *(f'| {title} | {spent:.1f} |' for (title, *_), spent in zip(stages, minutes)),
-              f'| together | {sum(minutes):.1f} |', '', '## The background threshold', '',
-              f'The CRF had the exponents {low} and {high}, the walk {walk}: those '
-              + ('of the recipe, which suit a threshold of about 0.5.' if args.t is None else f'of --t {args.t:g}.')
-              + f' If the objects are too large or too small in `{labels}.png`, choose a threshold on '
-              f'`{args.out}/thresholds.png`, as voc12/README.md says under "A threshold without masks". A higher one '
-              'labels less as object. This keeps the training and the CAMs:', '', '```', shell_line(again), '```', '',
-              '## The commands', '', 'To be run in the repository, as they are or changed:', '', '```',
-              *(shell_line(command) for *_, commands in stages for command in commands), '```', '']
+             f'`{args.out}/data/class_names.txt`. Look at 20 of them in `{labels}.png` first.', *notes,
+             '', '| stage | minutes in this run |', '|---|---|',
+             *(f'| {title} | {spent:.1f} |' for (title, *_), spent in zip(stages, minutes)),
+             f'| together | {sum(minutes):.1f} |', '', '## The background threshold', '',
+             f'The CRF had the exponents {low} and {high}, the walk {walk}: those '
+             + ('of the recipe, which suit a threshold of about 0.5.' if args.t is None else f'of --t {args.t:g}.')
+             + f' If the objects are too large or too small in `{labels}.png`, choose a threshold on '
+             f'`{args.out}/thresholds.png`, as voc12/README.md says under "A threshold without masks". A higher one '
+             'labels less as object. This keeps the training and the CAMs:', '', '```', shell_line(again), '```', '']
     return '\n'.join(lines)
+
+
+def check_same_labels(args, kept):
+    """Raises BadInput if --out has results of other labels than --labels. kept: copy of the labels of an earlier run.
+    Otherwise replaces the copy."""
+    with open(args.labels, 'rb') as file:
+        labels = file.read()
+    if args.resume and os.path.isfile(kept):
+        with open(kept, 'rb') as file:
+            if file.read() != labels:
+                raise BadInput(f'{args.labels} (--labels) has changed since {args.out} (--out) was made: run without '
+                               '--resume to begin again, or name another --out')
+    with atomic_write(kept) as file:
+        file.write(labels)
 
 
 def main(args):
@@ -245,31 +262,40 @@ def main(args):
     on_gpu = get_device(args.device).type == 'cuda'
     make_dir(args.out, '--out')
     names = f'{root}/ImageSets/Segmentation/train.txt'
-    make, check = data_commands(args, root, names)
-    run(make)
-    run(check, 'mend what its lines with PROBLEM name, and run the same command again')
+    first = data_commands(args, root, names)
+    check_same_labels(args, f'{args.out}/labels.csv')
+    run(first[0])
+    run(first[1], 'mend what its lines with PROBLEM name, and run the same command again')
 
     # the sheets leave out photographs without a class: their CAM is empty, and all their pixels are background
     labels = load_dict(f'{root}/cls_labels.npy', '--cls_labels')
     write_text(f'{args.out}/with_class.txt',
                ''.join(f'{name}.jpg\n' for name in load_img_name_list(names) if labels[name].any()))
-
     stages = plan(args, root, names, on_gpu)
     minutes = run_stages(stages, args.resume, on_gpu)
-    coco = coco_command(args, root)
+
+    notes, last = [], [coco_command(args, root)]
     if importlib.util.find_spec('pycocotools'):
-        run(coco)
-        coco_line = f'`{coco[-1]}` has the same labels in the format of COCO.'
+        run(*last)
+        notes.append(f'- `{last[0][-1]}` has the same labels in the format of COCO, one annotation per photograph and '
+                     'class.')
     else:
-        coco_line = f'For the format of COCO: `pip install pycocotools`, then `{shell_line(coco)}`.'
-    scores = {}
-    if args.masks:
-        for folder, command in score_commands(args, root, names).items():
-            run(command)
-            scores[folder] = read_csv(f'{args.out}/{folder}_result.csv')[0]
-    text = describe_results(args, stages, minutes, scores, coco_line)
-    write_text(f'{args.out}/report{suffix_of(args.t)}.md', text)
-    print('\n' + text, end='')
+        notes.append(f'- For the format of COCO: `pip install pycocotools`, then `{shell_line(*last)}`.')
+    for folder, command in score_commands(args, root, names).items() if args.masks else ():
+        run(command)
+        last.append(command)
+        notes.append(describe_score(folder, read_csv(f'{args.out}/{folder}_result.csv')[0]))
+    classes = read_lines(f'{root}/class_names.txt', '--class_names')
+    common = [name for name, least in zip(classes, np.min(list(labels.values()), axis=0)) if least]
+    if common:
+        notes.append(f'- Warning: every photograph shows {", ".join(common)}, so the network had nothing to compare it '
+                     'with. Add photographs without it, with lines such as `sky.jpg,`, and begin again.')
+    text = describe_results(args, stages, minutes, notes)
+    report = f'{args.out}/report{suffix_of(args.t)}.md'
+    commands = [*first, *(command for *_, commands in stages for command in commands), *last]
+    write_text(report, '\n'.join([text, '## The commands', '', 'Run them in the repository, as they are or changed:',
+                                  '', '```', *map(shell_line, commands), '```', '']))
+    print(f'\n{text}\nThe commands of all steps are in {report}.')
 
 
 if __name__ == '__main__':

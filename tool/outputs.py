@@ -151,7 +151,8 @@ def warn_of_background(shares, folder, flag):
     if shares and not 0.05 < share < 0.97:
         change = 'lower' if share < 0.5 else 'higher'
         print(f'warning: {share:.1%} of the pixels in {folder} are background; try a {change} {flag}. Where the curve '
-              'of evaluation.py has its best background score s, start with the exponent ln(s) / ln(1 - s)')
+              'of evaluation.py has its best background score s, start with the exponent ln(s) / ln(1 - s); with '
+              f'tool/label_photos.py, try a {"higher" if share < 0.5 else "lower"} --t')
 
 
 class SpaceCheck:

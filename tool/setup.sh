@@ -1,5 +1,6 @@
-# Sourced by tool/demo.sh and tests/run.sh, from the repository root. Sets $PYTHON to an interpreter that has all the
-# packages: the one given in $PYTHON, .venv, or the python3 on the path. If none has them, it makes .venv.
+# Installs the packages: bash tool/setup.sh. Other scripts source this file from the repository root.
+# Sets $PYTHON to an interpreter that has all the packages: the one given in $PYTHON, .venv, or the python3 on the path.
+# If none has them, it makes .venv.
 
 imports="import cv2, numpy, PIL, pytest, scipy, torch, torchvision, tqdm"
 
@@ -33,8 +34,12 @@ make_venv() {
     .venv/bin/python -c "$imports"
 }
 
-for PYTHON in ${PYTHON:+"$PYTHON"} .venv/bin/python python3; do
-    complete "$PYTHON" && return        # from this file
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+for PYTHON in ${PYTHON:+"$PYTHON"} .venv/bin/python python3 ''; do       # '': none has them
+    if complete "$PYTHON"; then break; fi
 done
-make_venv || exit 1
-PYTHON=.venv/bin/python
+if [ -z "$PYTHON" ]; then
+    make_venv || exit 1
+    PYTHON=.venv/bin/python
+fi
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then echo "$PYTHON has all packages."; fi

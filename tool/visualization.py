@@ -68,19 +68,26 @@ def labels_until_next(img, labels, stays):
     return np.where(labels[..., None] > 0, 0.5 * img + 0.5 * colours, 0.6 * img).astype(np.uint8)
 
 
-def contact_sheet(rows, titles, cell=160):
+def write_on(sheet, text, x, y, size=0.42):
+    """Writes a line of black text into a picture, uint8 (H, W, 3). x, y: pixels of its lower left corner."""
+    cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
+
+
+def contact_sheet(rows, titles, names=None, cell=160):
     """Returns a uint8 RGB sheet with one row for each list of pictures, uint8 (H, W, 3), resized into square cells.
-    None leaves its cell blank. titles: of the columns, with one line or several. cell: pixels of a cell's side; fewer
-    if the sheet would be too wide for a JPEG file."""
+    None leaves its cell blank. titles: of the columns, with one line or several. names: of the rows, written above
+    them. cell: pixels of a cell's side; fewer if the sheet would be too wide for a JPEG file."""
     cell = max(min(cell, MAX_SIDE // len(titles)), 8)
     lines = max(len(title.splitlines()) for title in titles)
     header = np.full((8 + 16 * lines, cell * len(titles), 3), 255, np.uint8)
     for i, title in enumerate(titles):
         for j, line in enumerate(title.splitlines()):
-            cv2.putText(header, line, (i * cell + 6, 17 + 16 * j), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1,
-                        cv2.LINE_AA)
+            write_on(header, line, i * cell + 6, 17 + 16 * j)
     strips = [header]
-    for row in rows:
+    for number, row in enumerate(rows):
+        if names:
+            strips.append(np.full((14, cell * len(titles), 3), 255, np.uint8))
+            write_on(strips[-1], names[number], 4, 11, size=0.36)
         strip = np.full((cell, cell * len(titles), 3), 255, np.uint8)
         for i, picture in enumerate(row):
             if picture is None:
@@ -201,21 +208,21 @@ def or_warning(draw, *args):
 
 
 def draw_folders(names, voc12_root, columns):
-    """Draws the images and what finished folders have of them, side by side. Returns the rows for `contact_sheet`.
-    columns: list of (kind, folder, flag), see `draw_cell`."""
-    rows = []
+    """Draws the images and what finished folders have of them, side by side. Returns dict name -> row for
+    `contact_sheet`. columns: list of (kind, folder, flag), see `draw_cell`."""
+    rows = {}
     for name in names:
         img = or_warning(image_files.read_image, get_img_path(name, voc12_root))
         if img is not None:
             img = np.asarray(img)
-            rows.append([img, *(or_warning(draw_cell, img, name, *column) for column in columns)])
+            rows[name] = [img, *(or_warning(draw_cell, img, name, *column) for column in columns)]
     return rows
 
 
 def draw_thresholds(names, voc12_root, cam_dir, thresholds, count):
-    """Draws the first `count` images that have a class, and their CAMs at the thresholds, which ascend. Returns (rows,
-    titles) for `contact_sheet`, and prints a table of the thresholds. Raises BadInput."""
-    rows, shares, empty = [], [], 0
+    """Draws the first `count` images that have a class, and their CAMs at the thresholds, which ascend. Returns (dict
+    name -> row, titles) for `contact_sheet`, and prints a table of the thresholds. Raises BadInput."""
+    rows, shares, empty = {}, [], 0
     for name in names:
         if len(rows) == count:
             break
@@ -232,10 +239,10 @@ def draw_thresholds(names, voc12_root, cam_dir, thresholds, count):
         objects = np.stack([highest > t for t in thresholds])                       # (thresholds, H, W)
         shares.append(objects.mean(axis=(1, 2)) * 100)
         stays = [*objects[1:], objects[-1]]                                         # what the next threshold labels
-        rows.append([img, cam_on_image(img, highest),
-                     *(labels_until_next(img, strongest * now, later) for now, later in zip(objects, stays))])
+        rows[name] = [img, cam_on_image(img, highest),
+                      *(labels_until_next(img, strongest * now, later) for now, later in zip(objects, stays))]
     if empty:
-        print(f'{empty} of the images have no class, so no CAM, and are left out')
+        print(f'{len(rows)} images with a class are drawn; {empty} without a class, whose CAM is empty, are left out')
     return rows, ['image', 'strongest class', *(describe_thresholds(thresholds, shares) if rows else [])]
 
 
@@ -294,7 +301,7 @@ def main(args):
     if not rows:
         where = f'has a class in {args.cam_dir[0]} (--cam_dir)' if args.t else f'is in {args.voc12_root} (--voc12_root)'
         raise BadInput(f'there is nothing to draw: no image of {args.list} (--list) {where}')
-    sheet = contact_sheet(rows, titles)
+    sheet = contact_sheet(list(rows.values()), titles, list(rows))
     with atomic_write(args.out) as file:
         Image.fromarray(sheet).save(file, format='PNG', optimize=True)
 

@@ -29,8 +29,14 @@ def name_images(paths, source):
     return dict(sorted(names.items()))
 
 
+def images_in(folder):
+    """Returns the paths of all images in a folder and its sub-folders. Ignores hidden files."""
+    return [os.path.normpath(os.path.join(inner, name)) for inner, _, names in os.walk(folder) for name in names
+            if name.lower().endswith(EXTENSIONS) and not name.startswith('.')]
+
+
 def find_images(paths):
-    """Finds the images of the --images flag: files, and folders with their sub-folders. Ignores hidden files.
+    """Finds the images of the --images flag: files, and folders with their sub-folders.
     Returns (dict NAME -> path, see `name_images`; the innermost folder that contains all of `paths`).
     Raises BadInput for a path that does not exist and for a folder without images."""
     files = []
@@ -39,8 +45,7 @@ def find_images(paths):
             check_file(path, '--images')
             files.append(os.path.normpath(path))
             continue
-        found = [os.path.normpath(os.path.join(folder, name)) for folder, _, names in os.walk(path) for name in names
-                 if name.lower().endswith(EXTENSIONS) and not name.startswith('.')]
+        found = images_in(path)
         if not found:
             raise BadInput(f'{path} (--images) has no images; their names end in {", ".join(EXTENSIONS)}')
         files += found

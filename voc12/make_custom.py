@@ -39,7 +39,7 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 
 from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
-from voc12.data_root import EXTENSIONS, check_out, name_images, write_root
+from voc12.data_root import EXTENSIONS, check_out, images_in, name_images, write_root
 from voc12.lists import (GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, common_classes, join_first,
                          load_class_names, read_lines)
 
@@ -320,6 +320,10 @@ def main(args):
     train, val = split_names(labels, args.val_share, args.seed)
 
     write_root(args.out, MARKER, files, labels, class_names, {'train': train, 'val': val}, args.copy)
+    unused = sorted({os.path.relpath(path, args.images) for path in images_in(args.images)} - set(found))
+    if unused:
+        print(f'{len(unused)} images of {args.images} (--images) have no line in {args.labels} (--labels) and are not '
+              f'used: {join_first(unused)}')
     negatives = [image for image, label in labels.items() if not label.any()]
     if negatives:
         print(f'{len(negatives)} of {len(labels)} images show none of the classes: {join_first(negatives)}')
@@ -336,8 +340,8 @@ def main(args):
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])
-    print(f'next: python voc12/check.py --list {shlex.quote(path)} {flags}\n'
-          f'then: python train_SEAM.py --train_list {shlex.quote(path)} {flags}')
+    print(f'to check it: python voc12/check.py --list {shlex.quote(path)} {flags}\n'
+          f'to train on it: python train_SEAM.py --train_list {shlex.quote(path)} {flags}')
 
 
 if __name__ == '__main__':
