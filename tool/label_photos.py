@@ -63,7 +63,7 @@ def get_args_parser():
 # ----- settings -----
 
 def choose_exponents(threshold):
-    """(low, high, walk), text with one decimal: the CRF exponents for AffinityNet, and the exponent of the walk."""
+    """Returns (low, high, walk), text with one decimal: the CRF exponents for AffinityNet, and that of the walk."""
     if threshold is None:
         walk = LITE0['walk']
         exponents = LITE0['alphas'][0], LITE0['alphas'][-1], float(walk[walk.index('--alpha') + 1])
@@ -73,7 +73,7 @@ def choose_exponents(threshold):
 
 
 def leave_out(words, *flags):
-    """The words of a command without these flags and their values."""
+    """Returns the words of a command without these flags and their values."""
     kept, keep = [], True
     for word in words:
         if word.startswith('--'):
@@ -83,14 +83,14 @@ def leave_out(words, *flags):
 
 
 def learning_rate(classes):
-    """Text of SEAM's learning rate. That of the recipe is for the 20 classes of VOC. SEAM's losses are means over the
-    classes, so with fewer of them the same rate moves each class more, and with one class the classifier is lost."""
+    """Returns SEAM's learning rate as text. The rate of the recipe is for the 20 classes of VOC. SEAM's losses are
+    means over the classes, so with fewer of them the same rate moves each class more; one class lost its classifier."""
     words = LITE0['train']
     return f'{float(words[words.index("--lr") + 1]) * min(classes, 20) / 20:g}'
 
 
 def training_length(steps, images, batch_size):
-    """(flags of a training script for about so many steps, at least one epoch; the number of steps)."""
+    """Returns (flags of a training script for about `steps` steps, at least one epoch; the number of steps)."""
     per_epoch = images // batch_size
     epochs = max(round(steps / per_epoch), 1)
     return ['--batch_size', batch_size, '--max_epochs', epochs], per_epoch * epochs
@@ -107,14 +107,14 @@ def suffix_of(threshold):
 
 
 def data_commands(args, root, names):
-    """The commands that make and check the data root."""
+    """Returns the commands that make and check the data root."""
     return (['voc12/make_custom.py', *pass_on(args, *GIVEN), '--out', root, '--val_share', 0],
             ['voc12/check.py', '--voc12_root', root, '--list', names, '--cls_labels', f'{root}/cls_labels.npy',
              '--class_names', f'{root}/class_names.txt'])
 
 
 def plan(args, root, names, on_gpu):
-    """The stages from the data root to the labels: list of (what it does, its seconds on two free cores, commands)."""
+    """Returns the stages from the data root to the labels: list of (title, seconds on two free cores, commands)."""
     out, suffix, (low, high, walk) = args.out, suffix_of(args.t), choose_exponents(args.t)
     images = len(load_img_name_list(names))
     classes = len(read_lines(f'{root}/class_names.txt', '--class_names'))
@@ -168,7 +168,7 @@ def coco_command(args, root):
 
 
 def score_commands(args, root, names):
-    """dict folder in --out -> command that scores it on the images with a mask; writes their list."""
+    """Returns dict folder in --out -> command that scores it on the images with a mask. Writes their list."""
     truth, listed = f'{root}/{GT_FOLDER}', f'{args.out}/with_masks.txt'
     with_mask = [name for name in load_img_name_list(names) if os.path.isfile(f'{truth}/{name}.png')]
     write_text(listed, ''.join(f'{name}.jpg\n' for name in with_mask))
@@ -179,7 +179,7 @@ def score_commands(args, root, names):
 
 
 def shell_line(command):
-    """A command as it is typed in the repository."""
+    """Returns a command as it is typed in the repository."""
     return shlex.join(['python', *map(str, command)])
 
 
@@ -190,8 +190,8 @@ def run(command, *advice):
 
 
 def describe_time(past, done, left):
-    """Text on the time that is left. past: seconds since the start. done, left: the seconds on two free cores of the
-    stages before and of the others; done is 0 where nothing says how fast this machine is."""
+    """Returns a text on the time that is left. past: seconds since the start; done, left: the seconds on two free cores
+    of the finished stages and of the others. done is 0 if nothing shows how fast this machine is."""
     speed, where = (past / done, '') if done else (1, ' on two free cores')
     return f'{max(left * speed / 60, 1):.0f} min left{where}'
 
@@ -213,14 +213,15 @@ def run_stages(stages, resume, on_gpu):
 
 
 def describe_score(folder, score):
-    """A line on the score of a folder in --out. score: line of its _result.csv."""
+    """Returns a line on the score of a folder in --out. score: line of its _result.csv."""
     best = f', at their best threshold {score["background_score"]}' if score['background_score'] else ''
     return (f'- `{folder}` has {float(score["mIoU_present"]):.1f} mIoU over the classes present{best}, on '
             f'{score["images"]} images with a mask.')
 
 
 def describe_results(args, stages, minutes, notes):
-    """Text of report.md but for the commands. stages: see `plan`. minutes: of each in this run. notes: lines."""
+    """Returns the text of report.md except the commands. stages: see `plan`; minutes: of each stage in this run;
+    notes: lines on the labels."""
     low, high, walk = choose_exponents(args.t)
     labels = f'{args.out}/labels{suffix_of(args.t)}'
     again = ['tool/label_photos.py', *pass_on(args, *GIVEN, 'out', 'device'), '--t', 'T', '--resume']

@@ -60,11 +60,11 @@ def get_args_parser():
 # ----- outlines: float32 (n, 2) polygons, x and y in pixels, or int64 (runs,) run lengths, or None: empty -----
 
 def decode_counts(text):
-    """Run lengths (list of int) of COCO's compressed RLE string.
+    """Returns the run lengths, a list of int, of COCO's compressed RLE string.
 
-    A character is 48 plus 6 bits: the lower 5 belong to a number, least significant first, the top one says that the
-    number goes on. Bit 4 of the last group is the sign. From index 3 on the number is the difference to the run
-    length two places before. (pycocotools does not notice a string that ends too early: its mask has arbitrary pixels.)
+    A character is 48 plus 6 bits: the lower 5 belong to a number, least significant first, and the top one says that
+    the number continues. Bit 4 of the last group is the sign. From index 3 on, the number is the difference from the
+    run length two places before. (pycocotools accepts a string that ends too early, and returns arbitrary pixels.)
     """
     counts = []
     for number in re.findall('[P-o]*[0-O]', text):       # of 48..111, 'P' and above go on
@@ -76,9 +76,9 @@ def decode_counts(text):
 
 
 def read_outline(segmentation, h, w):
-    """Outline of the json's `segmentation`: polygons [[x, y, x, y, ...], ...], or an RLE object {'size': [h, w],
-    'counts': list or compressed string} of an image of h x w pixels; None where it is empty: polygons of fewer than
-    three points have no area. Raises ValueError."""
+    """Returns the outline that is stored in `segmentation` of the JSON file of an image of h x w pixels: polygons
+    [[x, y, x, y, ...], ...], or an RLE object {'size': [h, w], 'counts': list or compressed string}. Returns None if it
+    is empty; polygons of fewer than three points have no area. Raises ValueError."""
     if isinstance(segmentation, dict):
         counts = segmentation['counts']
         if not counts:
@@ -88,29 +88,30 @@ def read_outline(segmentation, h, w):
             raise ValueError(f'the run lengths do not fill the {h} x {w} pixels of the image')
         return counts
     if any(not isinstance(polygon, list) or len(polygon) % 2 for polygon in segmentation or ()):
-        raise ValueError('a polygon needs to be a list of an even count of numbers')
+        raise ValueError('a polygon must be a list with an even count of numbers')
     polygons = [np.array(polygon, np.float32).reshape(-1, 2) for polygon in segmentation or () if len(polygon) >= 6]
     if not all((np.abs(polygon) < 1e5).all() for polygon in polygons):          # nan too
-        raise ValueError('a polygon has numbers that are no places in an image')
+        raise ValueError('a polygon has numbers that cannot be coordinates of an image')
     return polygons or None
 
 
 def fill_runs(counts, h, w):
-    """bool (h, w) mask of run lengths, int64 (runs,): zeros and ones in turn, zeros first, column after column."""
+    """Returns the mask, bool (h, w), of run lengths, int64 (runs,): of zeros and ones in turn, zeros first, column by
+    column."""
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(w, h).T
 
 
 def fill_polygons(polygons, h, w):
-    """bool (h, w) union of polygons, float32 (n, 2) x, y; pixel (row, column) covers column..column + 1, row..row + 1.
-    The pixels are those of COCO's own tools."""
+    """Returns the union of polygons, float32 (n, 2) x, y, as bool (h, w), with the pixels that COCO's own tools choose.
+    Pixel (row, column) covers column to column + 1 and row to row + 1."""
     return coco_mask.decode(coco_mask.frPyObjects([polygon.ravel().tolist() for polygon in polygons], h, w)).any(axis=2)
 
 
 def paint_objects(h, w, objects):
-    """uint8 (h, w) label map: 0 background, else the class index. objects: list of (class index, is a crowd, outline).
+    """Returns the label map, uint8 (h, w), 0 background, of objects: list of (class index, is a crowd, outline).
 
-    Crowds first, then objects by falling area in pixels, so that what is small stays visible; of equals the later
-    one is on top. Empty outlines are passed over.
+    Crowds are painted first, then objects by descending area in pixels, so that small ones stay visible. Of two with
+    the same area the later one is on top. Empty outlines are skipped.
     """
     layers = []
     for index, crowd, outline in objects:
@@ -133,7 +134,7 @@ def write_mask(picture, folder):
 # ----- annotations -----
 
 def find_image_folder(coco_root, split, year):
-    """The image folder of a split. Raises BadInput where it is missing."""
+    """Returns the image folder of a split. Raises BadInput if it is missing."""
     folders = [os.path.join(coco_root, *inner, f'{split}{year}') for inner in ((), ('images',))]
     for folder in folders:
         if os.path.isdir(folder):
@@ -142,7 +143,7 @@ def find_image_folder(coco_root, split, year):
 
 
 def read_size(number):
-    """A width or height as int, where the json has 64.0 or "64" too. Raises ValueError or TypeError for all else."""
+    """Returns a width or height, which may be stored as 64.0 or "64", as int. Raises ValueError or TypeError."""
     size = float(number)
     if not (size.is_integer() and 1 <= size <= 1e5):
         raise ValueError(f'an image has a size of {number} pixels')
@@ -150,7 +151,7 @@ def read_size(number):
 
 
 def by_id(entries, what):
-    """dict id -> entry of the json's images or categories. Raises ValueError where two have one id."""
+    """Returns dict id -> entry of the images or categories. Raises ValueError if two have the same id."""
     found = {entry['id']: entry for entry in entries}
     if len(found) < len(entries):
         raise ValueError(f'two {what} have the same id')
@@ -158,8 +159,8 @@ def by_id(entries, what):
 
 
 def read_json(path, with_masks):
-    """Reads an instances file: (class names, by ascending category id; list of (file name of an image, h, w, objects)).
-    objects: as in `paint_objects`; outlines are None without masks. Raises BadInput for any other content."""
+    """Reads an instances file. Returns (class names by ascending category id; list of (file name of an image, h, w,
+    objects)). objects: see `paint_objects`; outlines are None without masks. Raises BadInput for any other content."""
     where, empty = '', []
     try:
         with open(path, encoding='utf-8-sig') as json_file:
@@ -179,26 +180,26 @@ def read_json(path, with_masks):
             if with_masks and outline is None:
                 empty.append(entry.get('id'))
     except KeyError as error:
-        raise BadInput(f'{path} (--coco_root) is no complete instances file: {where}{error} is missing') from error
+        raise BadInput(f'{path} (--coco_root) is not a complete instances file: {where}{error} is missing') from error
     except (OSError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise BadInput(f'{path} (--coco_root) is no instances file of COCO: {where}{error}') from error
+        raise BadInput(f'{path} (--coco_root) is not an instances file of COCO: {where}{error}') from error
     check_class_names(names, f'{path} (--coco_root)')
     if empty:
         print(f'warning: {len(empty)} of {len(data["annotations"])} annotations have no outline, the first is number '
-              f'{empty[0]}: they count in the labels and are missing in the masks')
+              f'{empty[0]}: they count for the image-level labels, but are missing in the masks')
     return names, list(images.values())
 
 
 def read_split(path, folder, with_masks, negatives):
-    """Reads a split: (class names, dict image name -> (path, h, w, objects), sorted by name). negatives: whether images
-    that have no object count, too. Raises BadInput for images that are missing, not in `folder`, or of one name."""
+    """Reads a split. Returns (class names, dict image name -> (path, h, w, objects), sorted by name). negatives: keep
+    images without objects. Raises BadInput for images that are missing, not in `folder`, or have the same name."""
     print(f'reading {path}')
     class_names, images = read_json(path, with_masks)
-    # an absolute file name may be one in the folder, too
+    # a file name may be absolute and still lie in the folder
     images = [(os.path.relpath(os.path.join(folder, file), folder), *image) for file, *image in images]
     for file, *_ in images:
         if file.startswith(os.pardir) or not file.lower().endswith(EXTENSIONS):
-            raise BadInput(f'{path} (--coco_root) has the file name {file!r}, which is no image in {folder}')
+            raise BadInput(f'{path} (--coco_root) has the file name {file!r}, which is not an image in {folder}')
     missing = [file for file, *_ in images if not os.path.isfile(os.path.join(folder, file))]
     if missing:
         raise BadInput(f'{len(missing)} of the {len(images)} images of {path} are not in {folder} (--coco_root), the '
@@ -214,8 +215,8 @@ def read_split(path, folder, with_masks, negatives):
 
 
 def read_splits(args):
-    """(class names, dict 'train' or 'val' -> images as in `read_split`, none where val has no instances file).
-    Raises BadInput where the two do not fit."""
+    """Returns (class names, dict 'train' or 'val' -> images as in `read_split`; none if val has no instances file).
+    Raises BadInput if the two do not fit."""
     class_names, splits = {}, {'train': {}, 'val': {}}
     for split in splits:
         path = os.path.join(args.coco_root, 'annotations', f'instances_{split}{args.year}.json')
