@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision import transforms
 
 from network.grad_cam import grad_cam
 from network.seam import class_scores
@@ -277,7 +276,7 @@ def main(args):
         dataset = VOC12ClsDatasetMSF(
             args.infer_list, voc12_root=args.voc12_root, scales=args.scales + (args.tag_scales or []),
             cls_labels=cls_labels, images=args.images, class_names=class_names,
-            inter_transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
+            inter_transform=imutils.to_network_input)
         net = import_network(args.network, 'SEAM', args.backbone)(
             num_classes=len(class_names), pcm=args.pcm == 'on' and args.map == 'cam_rv')
         load_trained(net, args.weights, device, args.amp)

@@ -10,7 +10,6 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision import transforms
 
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
@@ -204,8 +203,7 @@ def main(args):
     num_classes = len(load_class_names(args.class_names))
     device = get_device(args.device, args.tf32)
     backend = crf.choose_crf_backend(args.crf_backend) if args.crf else None
-    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root,
-                                transform=transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]))
+    dataset = VOC12ImageDataset(args.infer_list, voc12_root=args.voc12_root, transform=imutils.to_network_input)
     names = dataset.img_name_list
     if args.on_error == 'stop':         # better now than after hours
         score_files.check_scores(args.cam_dir, names, '--cam_dir')

@@ -275,9 +275,10 @@ def main(args):
     label_lines = check_training_labels(dataset.labels, class_names, args.train_list, args.cls_labels, args.class_names)
     validation = None
     if args.val_every:
-        whole_images = transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW])
-        held_out = HeldOut(VOC12ClsDataset(args.val_list, args.voc12_root, whole_images, args.cls_labels, class_names),
-                           os.path.join(args.voc12_root, GT_FOLDER), class_names, args.num_workers, device, args.amp)
+        whole_images = VOC12ClsDataset(args.val_list, args.voc12_root, imutils.to_network_input, args.cls_labels,
+                                       class_names)
+        held_out = HeldOut(whole_images, os.path.join(args.voc12_root, GT_FOLDER), class_names, args.num_workers,
+                           device, args.amp)
         validation = Validation(args.val_every, functools.partial(measure_cams, scores_and_maps), held_out,
                                 args.keep_best)
 

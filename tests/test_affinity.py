@@ -136,7 +136,7 @@ def walk_inputs(name):
     """Padded normalised image (1, 3, H, W), its CAM dict, its size."""
     import os
     g = golden('g08_random_walk')
-    img = imutils.HWC_to_CHW(imutils.normalize(image_files.read_image(os.path.join(GOLDEN, 'images', name + '.jpg'))))
+    img = imutils.to_network_input(image_files.read_image(os.path.join(GOLDEN, 'images', name + '.jpg')))
     h, w = img.shape[1:]
     cams = {int(key.rsplit('_', 1)[1]): value for key, value in g.items() if key.startswith(f'{name}:cam_in_')}
     return F.pad(torch.from_numpy(img)[None], (0, -w % 8, 0, -h % 8)), cams, (h, w)

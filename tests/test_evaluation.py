@@ -281,7 +281,7 @@ def test_sheet_leaves_blank_what_is_missing(data):
     assert [re.search(r'left out: .*?(--\w+)', line)[1] for line in out] == ['--cam_dir', '--voc12_root', '--label_dir',
                                                                          '--voc12_root']
     assert 'c.jpg' in out[-1]
-    assert Image.open(data / 'sheet.png').size == (4 * 160, 24 + 2 * 160)
+    assert Image.open(data / 'sheet.png').size == (4 * 160, 24 + 2 * (14 + 160))
     (data / 'none.txt').write_text('c\n')
     refused(run(data, 'tool/visualization', *flags, 'none.txt'), 'none.txt')
     refused(run(data, 'tool/visualization', *flags, 'list.txt', '--count', 0), '--count')

@@ -192,7 +192,6 @@ def inferred(seam_net):
     the data set and the script's functions."""
     import os
     import tempfile
-    from torchvision import transforms
     from voc12.data import VOC12ClsDatasetMSF
     g = golden('g04_infer_cam')
     out = {}
@@ -202,8 +201,7 @@ def inferred(seam_net):
         with open(os.path.join(root, 'list.txt'), 'w') as file:
             file.write('\n'.join(NAMES))
         dataset = VOC12ClsDatasetMSF(os.path.join(root, 'list.txt'), root, list(g['scales']),
-                                     transforms.Compose([np.asarray, imutils.normalize, imutils.HWC_to_CHW]),
-                                     cls_labels=os.path.join(root, 'labels.npy'))
+                                     imutils.to_network_input, cls_labels=os.path.join(root, 'labels.npy'))
         seam_net.to(memory_format=torch.channels_last)          # as the script has it on a CPU
         for name, img, views, label in dataset:
             assert (img == g[name + ':rgb_decoded']).all()

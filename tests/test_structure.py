@@ -3,6 +3,7 @@ import ast
 import glob
 import importlib
 import os
+import re
 import sys
 
 import pytest
@@ -39,6 +40,16 @@ def test_layers(folder):
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_no_script_imports_another(script):
     assert own_imports(os.path.join(ROOT, script + '.py')) <= set(ALLOWED)
+
+
+def test_inference_does_not_import_torchvision():
+    """Importing it takes nearly as long as importing torch, in every process."""
+    files = [os.path.join(ROOT, script + '.py') for script in SCRIPTS if script.startswith('infer')]
+    for folder in ALLOWED:
+        files += glob.glob(os.path.join(ROOT, folder, '*.py'))
+    for path in files:
+        with open(path) as file:
+            assert not re.search(r'^\s*(from|import) torchvision', file.read(), re.MULTILINE), path
 
 
 def parser_of(script):

@@ -33,6 +33,11 @@ def HWC_to_CHW(img):
     return np.transpose(img, (2, 0, 1))
 
 
+def to_network_input(img):
+    """Returns an RGB image, PIL or array (H, W, 3) with values 0..255, normalised as float32 (3, H, W)."""
+    return HWC_to_CHW(normalize(img))
+
+
 def resize(img, scale):
     """Resizes a PIL image by a factor, bicubic; each side is rounded half to even."""
     w, h = img.size
