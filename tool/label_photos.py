@@ -9,9 +9,11 @@ Runs the other scripts one after the other and prints each as a command that you
 writes new labels beside the old ones.
 """
 import argparse
+import filecmp
 import importlib.util
 import os
 import shlex
+import shutil
 import sys
 import time
 
@@ -34,9 +36,8 @@ from tool.workers import available_cores
 BATCH, STEPS = 8, 130           # images of a step; about how many steps SEAM is trained
 AFF_STEPS, AFF_CROP = 75, 128   # of AffinityNet; tests/results/affinity_steps.csv compares them with others
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
-# seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv; there
-# AffinityNet had crops of 192, so its seconds are scaled by tests/results/affinity_steps.csv
-SEAM, CAM, CRF, AFF, WALK = 0.25, 1.3, 0.5, 0.3, 0.5
+# seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv
+SEAM, CAM, CRF, AFF, WALK = 0.25, 0.8, 0.4, 0.3, 0.6
 
 
 def get_args_parser():
@@ -239,20 +240,6 @@ def describe_results(args, stages, minutes, notes):
     return '\n'.join(lines)
 
 
-def check_same_labels(args, kept):
-    """Raises BadInput if --out has results of other labels than --labels. kept: copy of the labels of an earlier run.
-    Otherwise replaces the copy."""
-    with open(args.labels, 'rb') as file:
-        labels = file.read()
-    if args.resume and os.path.isfile(kept):
-        with open(kept, 'rb') as file:
-            if file.read() != labels:
-                raise BadInput(f'{args.labels} (--labels) has changed since {args.out} (--out) was made: run without '
-                               '--resume to begin again, or name another --out')
-    with atomic_write(kept) as file:
-        file.write(labels)
-
-
 def main(args):
     check_range(args, 0.1, 0.9, 't')
     check_dir(args.images, '--images')
@@ -264,9 +251,14 @@ def main(args):
     make_dir(args.out, '--out')
     names = f'{root}/ImageSets/Segmentation/train.txt'
     first = data_commands(args, root, names)
-    check_same_labels(args, f'{args.out}/labels.csv')
+    kept = f'{args.out}/labels.csv'         # copy of the labels that the results are of
+    if args.resume and os.path.isfile(kept) and not filecmp.cmp(args.labels, kept, shallow=False):
+        raise BadInput(f'{args.labels} (--labels) has changed since {args.out} (--out) was made: run without --resume '
+                       'to begin again, or name another --out')
     run(first[0])
     run(first[1], 'mend what its lines with PROBLEM name, and run the same command again')
+    with open(args.labels, 'rb') as file, atomic_write(kept) as copy:
+        shutil.copyfileobj(file, copy)
 
     # the sheets leave out photographs without a class: their CAM is empty, and all their pixels are background
     labels = load_dict(f'{root}/cls_labels.npy', '--cls_labels')
