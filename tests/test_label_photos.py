@@ -105,6 +105,16 @@ def test_resume_with_other_labels_is_refused_before_anything_is_written(commands
     assert open('out/data/class_names.txt').read() != before
 
 
+def test_one_class_has_the_exponents_of_its_own_threshold(commands, photos):
+    (photos / 'labels.csv').unlink()
+    (photos / 'labels.csv').write_text(''.join(f'{name},dog\n' for name in os.listdir('photos')))
+    exponents = []
+    for flags in ((), ('--t', '0.6')):
+        log = commands(*flags)
+        exponents.append([of(log, 'infer_SEAM')[1].crf_alpha, of(log, 'infer_aff')[0].alpha])
+    assert exponents[0] == exponents[1] == [[.5, 3.], .8]
+
+
 def test_report_warns_of_a_class_that_every_photograph_shows(commands, photos, capsys):
     (photos / 'labels.csv').unlink()
     (photos / 'labels.csv').write_text(''.join(f'{name},dog\n' for name in os.listdir('photos')))

@@ -35,6 +35,7 @@ from tool.workers import available_cores
 
 BATCH, STEPS = 8, 130           # images of a step; about how many steps SEAM is trained
 AFF_STEPS, AFF_CROP = 75, 128   # of AffinityNet; tests/results/affinity_steps.csv compares them with others
+ONE_CLASS = 0.6                 # --t of one class; tests/results/laptop.csv compares it with the recipe's exponents
 THRESHOLDS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]      # of the sheet
 # seconds of an image on two free cores, in the trainings of one in a step, from tests/results/laptop.csv
 SEAM, CAM, CRF, AFF, WALK = 0.25, 0.8, 0.4, 0.3, 0.6
@@ -55,7 +56,7 @@ def get_args_parser():
              'labels are scored with it, and nothing is trained on it')
     add('--t', type=float, metavar='T',
         help='background threshold of the CAMs, 0.1 to 0.9: a higher one labels less as object. Chosen on '
-             'thresholds.png. Default: exponents that suit CAMs whose best threshold is about 0.5')
+             'thresholds.png. Default: 0.6 for one class, else exponents that suit a threshold of about 0.5')
     add('--device', help='cuda (all visible GPUs), cuda:N or cpu. Default: cuda if it is available')
     add('--resume', action='store_true', help='keep what is finished; without it, everything is computed again')
     return parser
@@ -63,13 +64,13 @@ def get_args_parser():
 
 # ----- settings -----
 
-def choose_exponents(threshold):
+def choose_exponents(threshold, classes):
     """Returns (low, high, walk), text with one decimal: the CRF exponents for AffinityNet, and that of the walk."""
-    if threshold is None:
+    if threshold is None and classes > 1:
         walk = LITE0['walk']
         exponents = LITE0['alphas'][0], LITE0['alphas'][-1], float(walk[walk.index('--alpha') + 1])
     else:
-        exponents = exponents_to_start_with(threshold)
+        exponents = exponents_to_start_with(threshold or ONE_CLASS)
     return [f'{exponent:.1f}' for exponent in exponents]
 
 
@@ -116,9 +117,10 @@ def data_commands(args, root, names):
 
 def plan(args, root, names, on_gpu):
     """Returns the stages from the data root to the labels: list of (title, seconds on two free cores, commands)."""
-    out, suffix, (low, high, walk) = args.out, suffix_of(args.t), choose_exponents(args.t)
+    out, suffix = args.out, suffix_of(args.t)
     images = len(load_img_name_list(names))
     classes = len(read_lines(f'{root}/class_names.txt', '--class_names'))
+    low, high, walk = choose_exponents(args.t, classes)
     batch_size = min(BATCH, images)
     length, steps = training_length(STEPS, images, batch_size)
     rate = learning_rate(classes)
@@ -220,10 +222,11 @@ def describe_score(folder, score):
             f'{score["images"]} images with a mask.')
 
 
-def describe_results(args, stages, minutes, notes):
-    """Returns the text of report.md except the commands. stages: see `plan`; minutes: of each stage in this run;
-    notes: lines on the labels."""
-    low, high, walk = choose_exponents(args.t)
+def describe_results(args, classes, stages, minutes, notes):
+    """Returns the text of report.md except the commands. classes: their number; stages: see `plan`; minutes: of each
+    stage in this run; notes: lines on the labels."""
+    low, high, walk = choose_exponents(args.t, classes)
+    suits = 'the default, which suits a threshold of ' + ('about 0.5' if classes > 1 else f'{ONE_CLASS:g}')
     labels = f'{args.out}/labels{suffix_of(args.t)}'
     again = ['tool/label_photos.py', *pass_on(args, *GIVEN, 'out', 'device'), '--t', 'T', '--resume']
     lines = [f'# Labels of {args.images}', '',
@@ -232,9 +235,9 @@ def describe_results(args, stages, minutes, notes):
              '', '| stage | minutes in this run |', '|---|---|',
              *(f'| {title} | {spent:.1f} |' for (title, *_), spent in zip(stages, minutes)),
              f'| together | {sum(minutes):.1f} |', '', '## The background threshold', '',
-             f'The CRF had the exponents {low} and {high}, the walk {walk}: those '
-             + ('of the recipe, which suit a threshold of about 0.5.' if args.t is None else f'of --t {args.t:g}.')
-             + f' If the objects are too large or too small in `{labels}.png`, choose a threshold on '
+             f'The CRF had the exponents {low} and {high}, the walk {walk}: those of '
+             + (suits if args.t is None else f'--t {args.t:g}')
+             + f'. If the objects are too large or too small in `{labels}.png`, choose a threshold on '
              f'`{args.out}/thresholds.png`, as voc12/README.md says under "A threshold without masks". A higher one '
              'labels less as object. This keeps the training and the CAMs:', '', '```', shell_line(again), '```', '']
     return '\n'.join(lines)
@@ -283,7 +286,7 @@ def main(args):
     if common:
         notes.append(f'- Warning: every photograph shows {", ".join(common)}, so the network had nothing to compare it '
                      'with. Add photographs without it, with lines such as `sky.jpg,`, and begin again.')
-    text = describe_results(args, stages, minutes, notes)
+    text = describe_results(args, len(classes), stages, minutes, notes)
     report = f'{args.out}/report{suffix_of(args.t)}.md'
     commands = [*first, *(command for *_, commands in stages for command in commands), *last]
     write_text(report, '\n'.join([text, '## The commands', '', 'Run them in the repository, as they are or changed:',
