@@ -1,4 +1,4 @@
-"""Steps 3, 6 and 9: evaluates label maps, CAM dicts or CRF dicts, or CAM dicts over all background scores.
+"""Steps 3, 6 and 9: evaluates label maps, CRF dicts, or CAM dicts at one background score or at all.
 
 Reads predictions and ground truth. Prints the mIoU, appends it to --logfile, and writes tables, <out_prefix>_*.csv.
 """
@@ -102,7 +102,7 @@ def add_to_log(path, text):
 
 def write_results(out_prefix, logfile, comment, result, log, end, table, lines):
     """Writes the dict `result` and a larger table, (header, rows), as CSV files, appends the dict `log` to the log
-    file, and prints the lines. If one of these fails, the others are still done before BadInput is raised."""
+    file, and prints the lines. If a CSV file cannot be written, the rest is still done before BadInput is raised."""
     entry = [f'{time.strftime("%Y-%m-%d %H:%M:%S")}\t{" ".join(comment.split())}',
              '  '.join(f'{key}:{value}' for key, value in log.items()), '=' * 37]
     try:
@@ -125,11 +125,11 @@ def suggest_alphas(score, num_images):
 
 
 def report_curve(thresholds, matrices, categories, chosen, count):
-    """Reports the mIoU over the background score, and its best point.
+    """Describes the mIoU over the background score, and its best point.
 
-    thresholds: float64 (T,), of which the first `count` are always reported, and the others if the best point is close
-    to their end; matrices: int64 (T, K+1, K+1); categories, chosen: see `warn_of_values`. Returns the measures at the
-    best point and the curve, as dicts, the table for _curve.csv, and the lines to print."""
+    thresholds: float64 (T,), of which the first `count` are always shown, the others only if the best of the first is
+    among their last ten; matrices: int64 (T, K+1, K+1); categories, chosen: see `warn_of_values`. Returns the measures
+    at the best point and the curve, as dicts, the table for _curve.csv, and the lines to print."""
     means = mean_measures(matrices, chosen)                             # of (T,)
     ranked = means['mIoU' if chosen is None else 'mIoU_chosen']
     shown = len(thresholds) if ranked[:count].argmax() >= count - 10 else count
@@ -151,7 +151,7 @@ def report_curve(thresholds, matrices, categories, chosen, count):
 
 
 def report_one(matrix, categories, chosen):
-    """Reports the IoU of every class and the means, in percent. matrix: int64 (K+1, K+1); categories, chosen: see
+    """Describes the IoU of every class and the means, in percent. matrix: int64 (K+1, K+1); categories, chosen: see
     `warn_of_values`. Returns the means and the IoUs, as dicts, the table for _confusion.csv, and the lines to print."""
     iou = dict(zip(categories, class_measures(matrix)[0].tolist()))
     means = {key: value.item() for key, value in mean_measures(matrix, chosen).items()}

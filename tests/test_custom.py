@@ -87,6 +87,13 @@ def test_images_without_a_line_are_counted(images, capsys):
     assert '2 images of' in (text := capsys.readouterr().out) and 'inner/UNUSED.PNG, unused.jpg' in text
 
 
+def test_masks_and_results_inside_the_folder_of_the_images_are_not_counted_as_unused(images, capsys):
+    write_mask(images / 'masks' / 'a.png', [1])
+    for _ in range(2):
+        make(images, ROWS, '--masks', images / 'masks', out=f'{images.name}/root')
+    assert 'not used' not in capsys.readouterr().out
+
+
 def test_the_check_passes_what_is_written(images, capsys):
     root = make(images, ROWS)
     assert check.main(check.get_args_parser().parse_args([

@@ -18,7 +18,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     default is left out where the help states it, and where it says nothing: None, an empty list, a switch."""
 
     def _get_help_string(self, action):
-        if action.required:
+        if action.required and action.option_strings:
             return f'{action.help} (required)'
         if 'efault: ' in action.help or action.nargs == 0 or action.default in (None, []):
             return action.help

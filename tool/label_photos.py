@@ -5,11 +5,12 @@
 
 Runs the other scripts one after the other and prints each as a command that you can copy and change. voc12/README.md
 ("Your own photographs") describes the files in --out and how to choose the background threshold. In short: look at
---out/thresholds.png, then run the same command again with --t and --resume. It keeps the training and the CAMs, and
-writes new labels beside the old ones.
+labels.png in --out. If the objects are too large or too small, choose a threshold on thresholds.png and run the same
+command again with --t and --resume. It keeps the training and the CAMs, and writes new labels beside the old ones.
 """
 import argparse
 import filecmp
+import glob
 import importlib.util
 import os
 import shlex
@@ -55,7 +56,7 @@ def get_args_parser():
         help='ground truth of some or all photographs, PNGs of class indices named as they are: the CAMs and the '
              'labels are scored with it, and nothing is trained on it')
     add('--t', type=float, metavar='T',
-        help='background threshold of the CAMs, 0.1 to 0.9: a higher one labels less as object. Chosen on '
+        help='background threshold of the CAMs, 0.1 to 0.9: a higher one labels less as object. Choose it on '
              'thresholds.png. Default: 0.6 for one class, else exponents that suit a threshold of about 0.5')
     add('--device', help='cuda (all visible GPUs), cuda:N or cpu. Default: cuda if it is available')
     add('--resume', action='store_true', help='keep what is finished; without it, everything is computed again')
@@ -104,7 +105,7 @@ GIVEN = 'images', 'labels', 'class_names', 'label_columns', 'masks'         # fl
 
 
 def suffix_of(threshold):
-    """What the files of a threshold of --t end with; nothing for the exponents of the recipe."""
+    """Returns the ending of the names of the files of a --t; nothing for the default."""
     return '' if threshold is None else f'_{threshold:g}'
 
 
@@ -182,8 +183,8 @@ def score_commands(args, root, names):
 
 
 def shell_line(command):
-    """Returns a command as it is typed in the repository."""
-    return shlex.join(['python', *map(str, command)])
+    """Returns a command as it is typed in the repository, without --resume, so that it can be changed."""
+    return shlex.join(['python', *(str(word) for word in command if word != '--resume')])
 
 
 # ----- the run -----
@@ -207,7 +208,7 @@ def run_stages(stages, resume, on_gpu):
         past = time.time() - started
         # with --resume, finished work takes no time, which says nothing about the machine
         left = describe_time(past, 0 if resume else sum(seconds[:number]), sum(seconds[number:]))
-        left = '' if on_gpu else f', {"at most" if resume else "about"} {left}'
+        left = '' if on_gpu else f', {"up to" if resume else "about"} {left}'
         print(f'\n[{number + 1} of {len(stages)}] {title}: {past / 60:.0f} min so far{left}', flush=True)
         for command in commands:
             run(command)
@@ -253,15 +254,17 @@ def main(args):
     on_gpu = get_device(args.device).type == 'cuda'
     make_dir(args.out, '--out')
     names = f'{root}/ImageSets/Segmentation/train.txt'
-    first = data_commands(args, root, names)
+    make, check = data_commands(args, root, names)
     kept = f'{args.out}/labels.csv'         # copy of the labels that the results are of
     if args.resume and os.path.isfile(kept) and not filecmp.cmp(args.labels, kept, shallow=False):
         raise BadInput(f'{args.labels} (--labels) has changed since {args.out} (--out) was made: run without --resume '
-                       'to begin again, or name another --out')
-    run(first[0])
-    run(first[1], 'mend what its lines with PROBLEM name, and run the same command again')
+                       f'to begin again, name another --out, or go on with --labels {kept}')
+    run(make)
+    run(check, 'mend what its lines with PROBLEM name, and run the same command again')
     with open(args.labels, 'rb') as file, atomic_write(kept) as copy:
         shutil.copyfileobj(file, copy)
+    for checkpoint in () if args.resume else glob.glob(f'{glob.escape(args.out)}/*_last.pth'):
+        os.remove(checkpoint)               # of an earlier run, which a later --resume would continue
 
     # the sheets leave out photographs without a class: their CAM is empty, and all their pixels are background
     labels = load_dict(f'{root}/cls_labels.npy', '--cls_labels')
@@ -270,25 +273,25 @@ def main(args):
     stages = plan(args, root, names, on_gpu)
     minutes = run_stages(stages, args.resume, on_gpu)
 
-    notes, last = [], [coco_command(args, root)]
+    notes, closing = [], [coco_command(args, root)]
     if importlib.util.find_spec('pycocotools'):
-        run(*last)
-        notes.append(f'- `{last[0][-1]}` has the same labels in the format of COCO, one annotation per photograph and '
-                     'class.')
+        run(*closing)
+        notes.append(f'- `{closing[0][-1]}` has the same labels in the format of COCO, one annotation per photograph '
+                     'and class.')
     else:
-        notes.append(f'- For the format of COCO: `pip install pycocotools`, then `{shell_line(*last)}`.')
+        notes.append(f'- For the format of COCO: `pip install pycocotools`, then `{shell_line(*closing)}`.')
     for folder, command in score_commands(args, root, names).items() if args.masks else ():
         run(command)
-        last.append(command)
+        closing.append(command)
         notes.append(describe_score(folder, read_csv(f'{args.out}/{folder}_result.csv')[0]))
     classes = read_lines(f'{root}/class_names.txt', '--class_names')
     common = [name for name, least in zip(classes, np.min(list(labels.values()), axis=0)) if least]
     if common:
-        notes.append(f'- Warning: every photograph shows {", ".join(common)}, so the network had nothing to compare it '
-                     'with. Add photographs without it, with lines such as `sky.jpg,`, and begin again.')
+        notes.append(f'- Every photograph shows {", ".join(common)}, so the network had nothing to compare it with. '
+                     'Add photographs without it if you can, with lines such as `sky.jpg,`, and begin again.')
     text = describe_results(args, len(classes), stages, minutes, notes)
     report = f'{args.out}/report{suffix_of(args.t)}.md'
-    commands = [*first, *(command for *_, commands in stages for command in commands), *last]
+    commands = [make, check, *(command for *_, commands in stages for command in commands), *closing]
     write_text(report, '\n'.join([text, '## The commands', '', 'Run them in the repository, as they are or changed:',
                                   '', '```', *map(shell_line, commands), '```', '']))
     print(f'\n{text}\nThe commands of all steps are in {report}.')

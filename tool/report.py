@@ -67,12 +67,14 @@ def print_table(args):
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(required=True)
-    trivial = commands.add_parser('trivial', help='write trivial label maps: all background, and the label everywhere')
+    trivial = commands.add_parser('trivial', formatter_class=HelpFormatter,
+                                  help='write trivial label maps: all background, and the first class everywhere')
     trivial.add_argument('--cam_dir', required=True, help='folder of CAM files, for the names, sizes and classes')
     trivial.add_argument('--voc12_root', help='data root, for the sizes of images whose CAM file has no class')
     trivial.add_argument('--out_dir', required=True, help='folder to write background/ and labels/ into')
     trivial.set_defaults(main=write_trivial)
-    table = commands.add_parser('table', help='print the results in a log file of evaluation.py as a markdown table')
+    table = commands.add_parser('table', formatter_class=HelpFormatter,
+                                help='print the results in a log file of evaluation.py as a markdown table')
     table.add_argument('--logfile', required=True, help='log file of evaluation.py')
     table.set_defaults(main=print_table)
     return parser

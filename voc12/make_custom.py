@@ -320,7 +320,9 @@ def main(args):
     train, val = split_names(labels, args.val_share, args.seed)
 
     write_root(args.out, MARKER, files, labels, class_names, {'train': train, 'val': val}, args.copy)
-    unused = sorted({os.path.relpath(path, args.images) for path in images_in(args.images)} - set(found))
+    inside = [os.path.realpath(folder) + os.sep for folder in (args.out, args.masks) if folder]     # no photographs
+    unused = sorted({os.path.relpath(path, args.images) for path in images_in(args.images)
+                     if not (os.path.realpath(os.path.dirname(path)) + os.sep).startswith(tuple(inside))} - set(found))
     if unused:
         print(f'{len(unused)} images of {args.images} (--images) have no line in {args.labels} (--labels) and are not '
               f'used: {join_first(unused)}')
@@ -335,8 +337,8 @@ def main(args):
         print(f'{what:24}' + f'{"":9}'.join(f'{len(names_of.keys() & set(images)):8}' for images in (train, val)))
     common = common_classes({name: labels[name] for name in train}, class_names)
     if common:
-        print(f'warning: every image of train.txt shows {", ".join(common)}, so it cannot be learned: add images '
-              'without it, as lines with an empty field for the classes (sky.jpg,)')
+        print(f'warning: every image of train.txt shows {", ".join(common)}, so the classifier will find it in any '
+              'new image: add images without it, as lines with an empty field for the classes (sky.jpg,)')
     path = os.path.join(args.out, LIST_FOLDER, 'train.txt')
     flags = shlex.join(['--voc12_root', args.out, '--cls_labels', os.path.join(args.out, 'cls_labels.npy'),
                         '--class_names', os.path.join(args.out, 'class_names.txt')])
