@@ -4,7 +4,7 @@
 
 Each round kills (-9) every kind of run at random moments, continues it, and compares the result with that of a run
 that was left alone, byte for byte. Then: a disk that fills up, an output folder that cannot be written, a killed loader
-process, a checkpoint that is cut. A round is about 25 kills in 4 minutes. Prints one line a fault, exit code 1 with a
+process, a checkpoint that is cut. A round is about 25 kills in 6 minutes. Prints one line a fault, exit code 1 with a
 failure.
 """
 import argparse
