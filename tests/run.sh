@@ -8,5 +8,6 @@ export TQDM_DISABLE=1
 processes=""
 if "$PYTHON" -c "import xdist" 2>/dev/null; then
     processes="-n 2 --dist loadfile"        # a file stays in one process, because its tests share what they made
+    export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE        # threads that wait for work would take it from the other
 fi
 exec "$PYTHON" -m pytest -q $processes tests "$@"
