@@ -116,6 +116,13 @@ def test_one_class_has_the_exponents_of_its_own_threshold(commands, photos):
     assert exponents[0] == exponents[1] == [[.5, 3.], .8]
 
 
+def test_report_advises_to_resume_but_its_commands_can_be_changed(commands):
+    commands('--resume')
+    advice, steps = open('out/report.md').read().split('## The commands')
+    again, = [line for line in advice.splitlines() if line.startswith('python tool/label_photos.py')]
+    assert again.endswith('--out out --device cpu --t T --resume') and '--resume' not in steps
+
+
 def test_report_warns_of_a_class_that_every_photograph_shows(commands, photos, capsys):
     (photos / 'labels.csv').unlink()
     (photos / 'labels.csv').write_text(''.join(f'{name},dog\n' for name in os.listdir('photos')))

@@ -183,8 +183,8 @@ def score_commands(args, root, names):
 
 
 def shell_line(command):
-    """Returns a command as it is typed in the repository, without --resume, so that it can be changed."""
-    return shlex.join(['python', *(str(word) for word in command if word != '--resume')])
+    """Returns a command as it is typed in the repository."""
+    return shlex.join(['python', *map(str, command)])
 
 
 # ----- the run -----
@@ -292,8 +292,10 @@ def main(args):
     text = describe_results(args, len(classes), stages, minutes, notes)
     report = f'{args.out}/report{suffix_of(args.t)}.md'
     commands = [make, check, *(command for *_, commands in stages for command in commands), *closing]
+    # with --resume, a changed command would be refused
+    lines = [shell_line(word for word in command if word != '--resume') for command in commands]
     write_text(report, '\n'.join([text, '## The commands', '', 'Run them in the repository, as they are or changed:',
-                                  '', '```', *map(shell_line, commands), '```', '']))
+                                  '', '```', *lines, '```', '']))
     print(f'\n{text}\nThe commands of all steps are in {report}.')
 
 
