@@ -157,8 +157,6 @@ def test_training_runs_with_all_recipes_at_once(copy):
 
 
 def test_another_backbone_loads_its_weights_and_trains(copy):
-    code, = blocks(open(os.path.join(ROOT, 'network', 'README.md')).read(), 'python')
-    (copy / code.split('\n')[0][2:]).write_text(code)
     before = torchvision.models.resnet50().state_dict()
     torch.save({name: tensor for name, tensor in before.items() if not name.startswith('fc.')}, copy / 'resnet50.pth')
     after = train(copy, '--network', 'network.resnet50_SEAM', '--weights', str(copy / 'resnet50.pth'))
