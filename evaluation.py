@@ -1,4 +1,4 @@
-"""Steps 3, 6 and 9: evaluates label maps, CRF dicts, or CAM dicts at one background score or at all.
+"""Steps 3, 6 and 9: evaluates label maps, CRF dicts, or CAM dicts at one or many background scores.
 
 Reads predictions and ground truth. Prints the mIoU, appends it to --logfile, and writes tables, <out_prefix>_*.csv.
 """
@@ -127,8 +127,8 @@ def suggest_alphas(score, num_images):
 def report_curve(thresholds, matrices, categories, chosen, count):
     """Describes the mIoU over the background score, and its best point.
 
-    thresholds: float64 (T,), of which the first `count` are always shown, the others only if the best of the first is
-    among their last ten; matrices: int64 (T, K+1, K+1); categories, chosen: see `warn_of_values`. Returns the measures
+    thresholds: float64 (T,). The first `count` are always reported; if the best of them is one of their last ten, the
+    rest is reported too. matrices: int64 (T, K+1, K+1); categories, chosen: see `warn_of_values`. Returns the measures
     at the best point and the curve, as dicts, the table for _curve.csv, and the lines to print."""
     means = mean_measures(matrices, chosen)                             # of (T,)
     ranked = means['mIoU' if chosen is None else 'mIoU_chosen']

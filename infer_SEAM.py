@@ -27,7 +27,7 @@ from voc12.data import VOC12ClsDatasetMSF, VOC12ImageDataset
 from voc12.lists import load_class_names
 from voc12.tags import load_tag_thresholds, write_tag_tables
 
-LARGE_VIEW = 3 * 360 * 360      # numbers; batching a larger view with its mirror needs twice the memory, no less time
+LARGE_VIEW = 3 * 360 * 360      # values; one batch of a larger view and its mirror needs twice the memory, no less time
 MEMORY_HELP = ('--device cpu and, for the CRF on a GPU, --crf_backend pydensecrf (both work with --resume); smaller '
                '--scales and --amp bf16 (they change the results: leave --resume out)')
 
@@ -196,8 +196,8 @@ def get_args_parser():
     # outputs
     add('--out_cam', help='folder to write the CAM dicts to, NAME.npy')
     add('--out_crf', help='prefix of the folders to write the CRF dicts to: <out_crf>_4.0/NAME.npy, ...')
-    add('--out_tags', help='folder for probabilities.csv, the probability of every class in every image, and tags.csv, '
-        'the classes above --tag_threshold; without --tag_threshold, prints the number that suits known labels best')
+    add('--out_tags', help='folder to write probabilities.csv to, the probability of every class in every image. With '
+        '--tag_threshold also tags.csv; without it, the script prints the threshold that fits the known labels best')
     add('--out_cam_pred', help='folder to write label maps to, NAME.png')
     add('--out_cam_pred_alpha', default=0.26, type=float,
         help='background score of --out_cam_pred, in 0..1 (not an exponent)')

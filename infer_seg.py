@@ -155,11 +155,6 @@ def check_args(args):
     check_file(args.weights, '--weights')
 
 
-def normalize(img):
-    """`imutils.normalize` in float32 arithmetic throughout, as in training."""
-    return imutils.normalize(np.asarray(img, np.float32))
-
-
 def main(args):
     check_args(args)
     class_names = load_class_names(args.class_names)
@@ -167,7 +162,8 @@ def main(args):
     backend = choose_crf_backend(args.crf_backend) if args.crf else None
 
     # ----- data and network -----
-    dataset = VOC12ImageDataset(args.infer_list, args.voc12_root, transform=normalize, images=args.images)
+    dataset = VOC12ImageDataset(args.infer_list, args.voc12_root, transform=imutils.normalize_float32,
+                                images=args.images)
     net = import_network(args.network, 'segmentation', args.backbone)(num_classes=len(class_names))
     load_trained(net, args.weights, device, args.amp)
 

@@ -30,6 +30,8 @@ from voc12.canonical import describe_list
 from voc12.data import VOC12ClsDataset
 from voc12.lists import GT_FOLDER, check_training_labels, load_class_names
 
+PRINTED_LOSSES = 'loss', 'loss_cls', 'loss_er', 'loss_ecr'      # terms of the objective, in the order of the log
+
 # ----- the objective -----
 
 def max_norm(cam):
@@ -143,7 +145,7 @@ def get_args_parser():
     add('--voc12_root', default='VOC2012',
         help='data root; contains JPEGImages/, and Annotations/ if --cls_labels does not exist')
     add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
-    add('--val_list', default='voc12/val.txt', help='held-out images for --val_every; else not read')
+    add('--val_list', default='voc12/val.txt', help='list of the held-out images that --val_every validates on')
     add('--val_every', default=0, type=int,
         help='validate on the images of --val_list after every so many epochs, and at the end; 0: never')
     add('--cls_labels', default='voc12/cls_labels.npy',
@@ -346,7 +348,7 @@ def main(args):
         if step % args.log_every == 0 or step == batches.max_step - 1:
             means = mean_over_ranks(meter.pop())
             means['mAP'], chance = quality.pop()
-            report_progress(log, timer, batches, optimizer, step, means)
+            report_progress(log, timer, batches, optimizer, step, means, PRINTED_LOSSES)
             if step + 1 >= max_step / 4:
                 warn_of_poor_training(log, means, chance)
             if writer:

@@ -25,6 +25,9 @@ from voc12.data import VOC12AffDataset
 from voc12.lists import load_class_names
 from voc12.masks import find_labels
 
+PRINTED_LOSSES = 'loss', 'bg_loss', 'fg_loss', 'neg_loss'       # terms of the objective, in the order of the log
+COUNTS = 'bg_cnt', 'fg_cnt', 'neg_cnt'                          # of the pairs, as in `pair_counts`
+
 # ----- the objective -----
 
 def pair_counts(labels):
@@ -186,9 +189,9 @@ def main(args):
             meter.add({name: term.detach() for name, term in terms.items()}, step, names)
         scaler.step(optimizer)
         scaler.update()
-        meter.add(dict(zip(('bg_cnt', 'fg_cnt', 'neg_cnt'), counts)), step, names)
+        meter.add(dict(zip(COUNTS, counts)), step, names)
         if step % args.log_every == 0 or step == batches.max_step - 1:
-            report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()))
+            report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()), PRINTED_LOSSES, COUNTS)
 
     save_weights(net, args.session_name + '.pth')
     log(f'wrote {args.session_name}.pth')

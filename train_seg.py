@@ -48,7 +48,7 @@ def segmentation_loss(logits, label, count=None):
 
 def normalize_whole_image(img):
     """Normalises a PIL image for the validation, as infer_seg.py does. Returns float32 (3, H, W)."""
-    return imutils.HWC_to_CHW(imutils.normalize(np.asarray(img, np.float32)))
+    return imutils.HWC_to_CHW(imutils.normalize_float32(img))
 
 
 # ----- the script -----
@@ -59,7 +59,7 @@ def get_args_parser():
     # data
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/')
     add('--train_list', default='voc12/train_aug.txt', help='list of the training images')
-    add('--val_list', default='voc12/val.txt', help='held-out images for --val_every; else not read')
+    add('--val_list', default='voc12/val.txt', help='list of the held-out images that --val_every validates on')
     add('--val_every', default=0, type=int,
         help='validate on the images of --val_list after every so many epochs, and at the end; 0: never')
     add('--label_dir', required=True,
@@ -219,7 +219,7 @@ def main(args):
         scaler.step(optimizer)
         scaler.update()
         if step % args.log_every == 0 or step == batches.max_step - 1:
-            report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()))
+            report_progress(log, timer, batches, optimizer, step, mean_over_ranks(meter.pop()), ['loss'])
 
     save_weights(net, args.session_name + '.pth')
     log(f'wrote {args.session_name}.pth')

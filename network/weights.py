@@ -160,7 +160,7 @@ def choose_memory_format(net, device, amp='off', training=False):
 
 def load_trained(net, path, device, amp='off'):
     """Prepares a trained network for inference: loads its weights, and puts it on its device in evaluation mode.
-    amp: as of `choose_memory_format`. Returns net."""
+    amp: the --amp flag. Returns net."""
     load_weights(net, path)
     return net.eval().to(device, memory_format=choose_memory_format(net, device, amp))
 

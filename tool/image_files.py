@@ -49,7 +49,7 @@ def convert_to_rgb(img):
 
 
 def read_image(path, flag='--voc12_root'):
-    """Reads an image of any mode as PIL RGB, see `convert_to_rgb`. flag: named the image or its folder, for messages.
+    """Reads an image of any mode as PIL RGB, see `convert_to_rgb`. flag: the flag that named the image or its folder.
     EXIF orientation is ignored, as in the reference. Raises BadInput for a missing, damaged, truncated or oversized
     file, for a format not in IMAGE_FORMATS, and for pixels of 32 bits."""
     return decode_image(path, f'the image {path} ({flag})', convert_to_rgb)
@@ -68,7 +68,7 @@ def read_indices(img):
 
 
 def read_label_map(path, flag):
-    """Reads a label map, a PNG with one channel, as uint8 (H, W) class indices. flag: named its folder, for messages.
+    """Reads a label map, a PNG with one channel, as uint8 (H, W) class indices. flag: the flag that named its folder.
     Raises BadInput as `read_image` does, and for files that are no PNG or no label map (see `read_indices`)."""
     return decode_image(path, f'the label map {path} ({flag}) as PNG', read_indices, ('PNG',))
 

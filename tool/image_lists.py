@@ -11,8 +11,8 @@ MAX_TEXT = 100 * 2 ** 20           # bytes of a list
 
 
 def read_lines(path, flag):
-    """Returns the lines of a utf-8 text file of up to 100 MiB, with or without a byte-order mark. flag: named the path,
-    for messages. Raises BadInput, also for control characters, which messages would send to the terminal."""
+    """Returns the lines of a utf-8 text file of up to 100 MiB, with or without a byte-order mark. flag: the flag that
+    named the path. Raises BadInput, also for control characters, which messages would send to the terminal."""
     check_file(path, flag)
     if os.path.getsize(path) > MAX_TEXT:
         raise BadInput(f'{path} ({flag}) is larger than {MAX_TEXT >> 20} MiB, so it is no list')

@@ -60,7 +60,7 @@ def load_scores(path, flag, kind):
     """Reads a file of `save_scores`: returns a dict {int: float32 or float64 (H, W)}, empty for an image without class.
 
     kind 'cam': keys are the foreground classes from 0; 'crf': 0 is the background, class + 1 the others, and the scores
-    of a pixel sum to 1. path: NAME.npy; NAME.npz is read if that is missing. flag: named the folder, for messages. No
+    of a pixel sum to 1. path: NAME.npy; NAME.npz is read if that is missing. flag: the flag that named the folder. No
     code in the file is run (see tool/unpickle.py), and float16 becomes float32.
     Raises BadInput for other content, NaN and infinite scores, and for a file of the other kind, which would shift all
     classes by one: CRF scores sum to 1 at every pixel and have the key 0, CAMs do not.

@@ -46,7 +46,7 @@ COLUMNS = ['table', 'row', 'seed', 'list', 'images', 'background_score', 'platea
 # it would flatter this code
 PUBLISHED = {(*BASELINE, 'cam'): '47.43', ('', '', 'cam'): '55.41', ('', '', 'crf_4.0'): '56.83 (alpha not stated)',
              ('', '', 'walk'): '63.61'}
-PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_classes'   # at defaults beside PUBLISHED
+PAPER_FLAGS = 'network', 'network_aff', 'backbone', 'scales', 'alphas', 'mean_classes'   # with others, no PUBLISHED
 FREE_FLAGS = 'table', 'rows', 'seeds', 'resume', 'out', 'voc12_root', 'num_workers', 'device'   # may change on resume
 SHARED_FLAGS = 'voc12_root', 'class_names', 'num_workers', 'device', 'backbone'     # of all scripts with a network
 

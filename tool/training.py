@@ -136,20 +136,18 @@ def _move(value, device):
     return [_move(part, device) for part in value]
 
 
-def report_progress(log, timer, batches, optimizer, step, means):
+def report_progress(log, timer, batches, optimizer, step, means, losses, counts=()):
     """Logs the `Iter:` line of the reference, and a record of everything: step, epoch, means, lr, images/s, memory.
 
-    batches: the StepBatches. step: the number of the last update, from 0. means: dict of floats. The line shows those
-    of its losses, AffinityNet's numbers of pairs (cnt) and mAP that exist.
+    batches: the StepBatches. step: the number of the last update, from 0. means: dict of floats; the record has all of
+    them, the line its mAP and those that are named in `losses` and `counts`, as far as they exist.
     """
     lr = optimizer.param_groups[0]['lr']
     speed, finish = timer.report(step + 1, batches.max_step, batches.batch_size)
-    losses = [f'{means[name]:.4f}' for name in ('loss', 'loss_cls', 'loss_er', 'loss_ecr', 'bg_loss', 'fg_loss',
-                                                'neg_loss') if name in means]
-    counts = [f'{means[name]:.0f}' for name in ('bg_cnt', 'fg_cnt', 'neg_cnt') if name in means]
-    line = f'Iter:{step:5d}/{batches.max_step:5d} loss:{" ".join(losses)} imps:{speed:.1f}'
+    shown = ' '.join(f'{means[name]:.4f}' for name in losses if name in means)
+    line = f'Iter:{step:5d}/{batches.max_step:5d} loss:{shown} imps:{speed:.1f}'
     if counts:
-        line += f' cnt:{" ".join(counts)}'
+        line += f' cnt:{" ".join(f"{means[name]:.0f}" for name in counts)}'
     line += f' Fin:{finish} lr: {lr:.4f}'
     if means.get('mAP') is not None:
         line += f' mAP: {means["mAP"]:.1f}'

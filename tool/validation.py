@@ -33,7 +33,7 @@ def check_validation_args(args):
 @dataclasses.dataclass
 class HeldOut:
     """Held-out images, and how the network runs on them. dataset: items (name, img, ...), img float32 (3, H, W),
-    normalised. truth_dir: folder of ground truth NAME.png; images without it are not compared with any."""
+    normalised. truth_dir: folder of ground truth NAME.png; images without it count only for the mAP."""
     dataset: Dataset
     truth_dir: str
     class_names: list

@@ -184,11 +184,12 @@ def common_classes(labels, class_names):
 
 
 def check_training_labels(labels, class_names, train_list, cls_labels, names_file=None):
-    """Lines for the log of a training: warnings of classes that no image or every image has, and the counts of each
-    class where there are negatives, images that show none of the classes. Raises BadInput where all images are.
+    """Returns lines for the log of a training. They warn of classes that no image or every image shows and, if there
+    are negatives (images that show none of the classes), count the images with and without each class. Raises BadInput
+    if all images are negatives.
 
-    labels: dict name -> (C,) multi-hot, not empty. names_file: of the class names, None for VOC's, of which a list may
-    well have a part alone. The paths, those of the flags of their names, are for the messages.
+    labels: dict name -> (C,) multi-hot, not empty. names_file: the --class_names file; None means VOC's classes, of
+    which a list may lack some without a warning. train_list, cls_labels: paths, used in messages only.
     """
     absent, common, lines = absent_classes(labels, class_names), common_classes(labels, class_names), []
     if len(absent) == len(class_names):

@@ -376,16 +376,16 @@ def main():
     parser.add_argument('stages', nargs='*', metavar='stage', choices=[[], *STAGES, 'voc'],
                         help=f'{", ".join(STAGES)}, or voc by itself; without any: all but voc, and cam and train only '
                              'on a GPU or at --width 16, for they take minutes')
-    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'), help='375 500 without it, 448 448 for train')
-    parser.add_argument('--repeat', type=int, help='turns after the warm-up: 5, where they take minutes 1')
-    parser.add_argument('--device', choices=['cuda', 'cpu'], help='not given: cuda where there is one')
-    parser.add_argument('--threads', type=int, help="of PyTorch on the CPU; not given: PyTorch's choice")
+    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'), help='size of the images. Default: 375 500, and 448 448 for train')
+    parser.add_argument('--repeat', type=int, help='number of timed turns. Default: 5, or 1 for stages that take minutes')
+    parser.add_argument('--device', choices=['cuda', 'cpu'], help='Default: cuda if it is available')
+    parser.add_argument('--threads', type=int, help="threads of PyTorch on the CPU. Default: PyTorch's choice")
     parser.add_argument('--width', default=64, type=int, choices=[16, 64], help='of the network; 16 for a quick trial')
     # for voc
     parser.add_argument('--count', default=800, type=int, help='images, for voc; a quarter of them for steps 8 and 9')
-    parser.add_argument('--amp', choices=['off', 'bf16'], help='of the scripts; not given: bf16 on a GPU')
-    parser.add_argument('--num_workers', default=available_cores(), type=int, help='of the scripts')
-    parser.add_argument('--csv', help='file for the result of voc')
+    parser.add_argument('--amp', choices=['off', 'bf16'], help='precision of the scripts. Default: bf16 on a GPU')
+    parser.add_argument('--num_workers', default=available_cores(), type=int, help='loader processes of the scripts')
+    parser.add_argument('--csv', help='CSV file to write the result of voc to')
     args = parser.parse_args()
     args.device = get_device(args.device)
     args.on_gpu = args.device.type == 'cuda'

@@ -1,4 +1,4 @@
-"""Faults at random moments, the long form of what test_resume.py and test_results.py do in short.
+"""Kills and disturbs runs at random moments: a longer version of test_resume.py and test_results.py.
 
     python tests/by_hand/soak.py [--rounds 1] [--seed 0] [--runs cam crf rw]
 
