@@ -67,15 +67,17 @@ def multi_scale_cam(maps, views, classes, size):
 
     maps, views: see `run_views`. classes: foreground classes 0..C-1 to keep. size: (H, W) of the image.
     """
-    total = np.zeros((len(classes), *size), np.float32)
-    for cam, view in zip(maps, views) if classes else ():
+    if not classes:
+        return np.zeros((0, *size), np.float32)
+    total = torch.zeros(len(classes), *size, device=maps[0].device)
+    for cam, view in zip(maps, views):
         cam = cam[:, classes].float()                                              # (2, classes, h, w)
         cam = F.interpolate(cam, view.shape[1:], mode='bilinear', align_corners=True)
-        cam = F.interpolate(cam, size, mode='bilinear', align_corners=False).cpu().numpy()
+        cam = F.interpolate(cam, size, mode='bilinear', align_corners=False)
         total += cam[0]
         if len(cam) > 1:
-            total += cam[1, ..., ::-1]
-    return total
+            total += cam[1].flip(-1)
+    return total.cpu().numpy()
 
 
 def normalize_cam(cam):

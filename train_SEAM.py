@@ -301,7 +301,7 @@ def main(args):
     if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads, reset=net.classifier if args.reset_head else ())
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
-    net.to(device, memory_format=choose_memory_format(net, device, args.amp, training=True))
+    net.to(device)
     inputs = digest_inputs(train_list=dataset.img_name_list, cls_labels=dataset.labels, class_names=class_names)
     checkpoint = Checkpoint(args.session_name, net, optimizer, scaler, vars(args), inputs, args.save_every)
     if args.resume:
@@ -324,6 +324,7 @@ def main(args):
         log('fitting the classifier ...')
         whole_list = make_loader(batch_sampler=list_batches(len(dataset), args.batch_size))
         fit_classifier(net, ((img.to(device), label.to(device)) for _, img, label in read_batches(whole_list)))
+    net.to(memory_format=choose_memory_format(net, device, args.amp, training=True))
     model = parallel(net.train(), device)
 
     # ----- training -----

@@ -149,7 +149,7 @@ def main(args):
     if args.weights and not args.resume:
         load_weights(net, args.weights, new_heads=net.new_heads)
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
-    net.to(device, memory_format=choose_memory_format(net, device, args.amp, training=True))
+    net.to(device)
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            la_crf_dir=describe_folder(args.la_crf_dir, 'la_crf_dir'),
                            ha_crf_dir=describe_folder(args.ha_crf_dir, 'ha_crf_dir'))
@@ -172,6 +172,7 @@ def main(args):
         log('no --weights: training starts from random weights; expect weak affinities. Calibrating batch norm ...')
         first = StepBatches(len(dataset), args.batch_size, 0, min(10, max_step), args.seed, share=False)
         calibrate_batch_norm(net, (img.to(device) for _, img, _ in read_batches(make_loader(batch_sampler=first))))
+    net.to(memory_format=choose_memory_format(net, device, args.amp, training=True))
     model = parallel(net.train(), device)
 
     # ----- training -----

@@ -177,7 +177,7 @@ def main(args):
     from_scratch = not (args.weights or args.resume or net.load_pretrained())
     if from_scratch and args.freeze_bn:
         raise BadInput('--freeze_bn needs --weights, because random weights have no statistics to keep')
-    net.to(device, memory_format=choose_memory_format(net, device, args.amp, training=True))
+    net.to(device)
     inputs = digest_inputs(train_list=dataset.img_name_list, class_names=class_names,
                            label_dir=describe_folder(args.label_dir, 'label_dir'))
     checkpoint = Checkpoint(args.session_name, net, optimizer, scaler, vars(args), inputs, args.save_every)
@@ -199,6 +199,7 @@ def main(args):
                         num_workers=args.num_workers, pin_memory=device.type == 'cuda', worker_init_fn=outlive_sigterm)
     if args.sync_bn:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.to(memory_format=choose_memory_format(net, device, args.amp, training=True))
     model = parallel(net.train(), device)
 
     # ----- training -----

@@ -59,6 +59,7 @@ class Network(nn.Module):
     train_bn = checkpointing = False
     takes_backbone = False      # whether the constructor has the argument `backbone`, the name given by --backbone
     backbone_name = None        # that name
+    has_branches = False        # whether layers of the backbone do not lead to conv6, so that they may get no gradient
 
     @property
     def new_heads(self):

@@ -18,7 +18,7 @@ class DeepLab(Network):
 
     def __init__(self, backbone, num_classes=20, freeze_bn=False, bn_momentum=BN_MOMENTUM, checkpointing=False):
         super().__init__()
-        self.backbone, self.backbone_name = backbone, backbone.backbone_name
+        self.backbone, self.backbone_name, self.has_branches = backbone, backbone.backbone_name, backbone.has_branches
         backbone.set_options(train_bn=True, checkpointing=checkpointing, dropout=1.0)
         self.freeze_bn = freeze_bn
         channels = backbone.channels['conv6']
@@ -53,7 +53,8 @@ class DeepLab(Network):
         f = self.backbone.forward_as_dict(x)['conv6']                       # (N, channels, h, w)
         f = F.relu(self.bn_fov(self.conv_fov(f)))
         f = self.dropout(F.relu(self.bn_fov2(self.conv_fov2(f))))
-        return F.interpolate(self.cls_conv(f), x.shape[2:], mode='bilinear', align_corners=True)
+        logits = self.cls_conv(f).float()       # in half precision the many gradients of a cell would be summed roughly
+        return F.interpolate(logits, x.shape[2:], mode='bilinear', align_corners=True)
 
     def load_pretrained(self):
         return self.backbone.load_pretrained()

@@ -56,8 +56,9 @@ def _run(body, h, w):
 
 def _measure(body, multiple):
     """Runs the model on an image of h x 2h pixels, h a multiple of `multiple`. Returns (strides of the last three
-    feature maps, whether they are (N, h, w, C), the parameters that its first map depends on). Raises what the model
-    raises, and ValueError for maps whose shape does not follow that of the image."""
+    feature maps, whether they are (N, h, w, C), the parameters that its first map depends on, whether its last map does
+    not depend on all parameters). Raises what the model raises, and ValueError for maps whose shape does not follow
+    that of the image."""
     h = multiple * -(-88 // multiple)           # 11 x 22 cells of 8 pixels fit into no window
     first, *_ = maps = _run(body, h, 2 * h)
     strides, layouts = [], set()
@@ -70,8 +71,10 @@ def _measure(body, multiple):
         else:
             raise ValueError(f'an image of {h}x{2 * h} pixels has a feature map of {tuple(feature.shape)}')
     parameters = [parameter for parameter in body.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(first.sum(), parameters, allow_unused=True)
-    return strides, layouts == {True}, [p for p, gradient in zip(parameters, gradients) if gradient is not None]
+    below, last = (torch.autograd.grad(feature.sum(), parameters, allow_unused=True, retain_graph=True)
+                   for feature in (first, maps[-1]))
+    return (strides, layouts == {True}, [p for p, gradient in zip(parameters, below) if gradient is not None],
+            any(gradient is None for gradient in last))
 
 
 def build(name):
@@ -121,7 +124,8 @@ class TimmBackbone(Network):
         super().__init__()
         self.backbone_name = backbone
         with torch.inference_mode(False), torch.enable_grad():
-            self.body, self.options, self.multiple, strides, self.channels_last, first = build(backbone)
+            (self.body, self.options, self.multiple, strides, self.channels_last, first,
+             self.has_branches) = build(backbone)
         self.stride = max(STRIDE, min(strides))
         if max(strides) > STRIDE and get_rank()[0] == 0:
             print(f'backbone {backbone}: the three feature maps have the strides {strides}, coarser than {STRIDE}; '

@@ -30,3 +30,31 @@ def test_rate_and_waiting_leave_the_first_fifth_out():
     batches = [[100., 100.], [150., 50.]] + [[151. + number, .25] for number in range(8)]
     rate, waits, busy = pipeline.steady_state(batches, 8, [(120, 0.), (152, .5), (157, 1.), (200, 0.)])
     assert (rate, waits, busy) == (8, .25, .75)
+
+
+def test_rate_leaves_prepared_batches_out_but_no_more_than_half():
+    # the first four of ten batches come at once
+    batches = [[100., 0.]] * 4 + [[100. + number, 1.] for number in range(1, 7)]
+    assert pipeline.steady_state(batches, 8, [], prepared=4)[0] == 8
+    assert pipeline.steady_state(batches, 8, [], prepared=100)[0] == 8
+
+
+def test_load_of_a_gpu_that_tells_none_and_of_a_line_that_was_cut_off(tmp_path):
+    (tmp_path / 'load.txt').write_text('2026/01/02 03:04:05.500, 40\n2026/01/02 03:04:06.000, [N/A]\n2026/01')
+    (moment, share), = pipeline.read_loads(tmp_path / 'load.txt')
+    assert share == .4 and moment % 60 == 5.5
+
+
+def test_failed_step_does_not_end_the_benchmark(monkeypatch, capsys):
+    def run_script(script, flags, folder, on_gpu, timed):
+        if script == 'train_aff.py':
+            raise pipeline.BadInput('train_aff.py ended with exit code 2')
+        batches = [[float(number), 0.] for number in range(10)]
+        return 10., {'batches': batches, 'peak': 2 ** 30} if timed else None, []
+    monkeypatch.setattr(pipeline, 'run_script', run_script)
+    monkeypatch.setattr(pipeline, 'draw_data', lambda *_: None)
+    args = argparse.Namespace(width=16, size=(48, 64), count=24, num_workers=1, amp='off', on_gpu=False,
+                              device=torch.device('cpu'))
+    rows = pipeline.bench_voc(args)
+    assert [row[1] == 'failed' for row in rows] == [row[0].startswith('4') for row in rows]
+    assert 'exit code 2' in capsys.readouterr().out

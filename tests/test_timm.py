@@ -270,6 +270,15 @@ def test_no_weights_to_be_had_is_one_line(data, monkeypatch):
             '--backbone resnet18', '--weights')
 
 
+@needs_timm
+@pytest.mark.parametrize('backbone, has_branches', [('hrnet_w18_small', True), ('resnet18', False)])
+def test_branches_that_do_not_lead_to_conv6(backbone, has_branches):
+    """DistributedDataParallel fails in the second step if it does not look for layers without a gradient."""
+    from network.timm_SEAM import Net
+    with torch.device('meta'):
+        assert Net(backbone=backbone).has_branches == has_branches
+
+
 # one of each kind: a family of timm's, whether it builds or why not
 SAMPLE = ['xception41', 'cspnext_s', 'hrnet_w18_small', 'vgg11', 'densenet121', 'test_nfnet', 'test_coatnet',
           'bat_resnext26ts', 'mixer_s32_224']

@@ -71,6 +71,12 @@ def test_normalize(dtype):
     assert out.dtype == np.float32 and (out == g['norm_out_' + dtype]).all()
 
 
+def test_normalize_table_has_the_value_of_every_byte():
+    img = np.arange(256, dtype=np.uint8)[None, ::-1, None].repeat(3, axis=2)        # mirrored: not contiguous
+    expected = ((img / 255. - imutils.MEAN) / imutils.STD).astype(np.float32)
+    assert (imutils.normalize(img) == expected).all()
+
+
 def test_random_crop_boxes():
     g = golden('g11_resize')
     for i, seed in enumerate(g['rc_seeds']):

@@ -60,7 +60,8 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
             if is_out_of_memory(error):
                 exit_with(f'error: out of memory; what helps: {memory_help}', 2)
             if is_killed_loader(error):
-                exit_with('error: a loader process was killed, perhaps for lack of memory: try fewer --num_workers', 2)
+                exit_with('error: a loader process was killed, perhaps for lack of memory, or of shared memory in a '
+                          'container (docker run --shm-size=8g): try fewer --num_workers', 2)
             raise
         finally:
             try:

@@ -92,7 +92,8 @@ def parallel(net, device):
         # buffers written between the two passes of a step would spoil the first one's gradient
         no_sync = next(name for name in ('forward_sync_buffers', 'broadcast_buffers')       # new and old name
                        if name in inspect.signature(wrapper).parameters)
-        return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **{no_sync: False})
+        return wrapper(net, device_ids=[device] if device.type == 'cuda' else None, **{no_sync: False},
+                       find_unused_parameters=net.has_branches)
     return torch.nn.DataParallel(net) if count_replicas(device) > 1 else net
 
 

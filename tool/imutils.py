@@ -17,8 +17,18 @@ STD = (0.229, 0.224, 0.225)
 def normalize(img):
     """Normalises an RGB image with values 0..255 to zero mean and unit deviation over ImageNet, float32 (H, W, 3).
     uint8 is computed in double and rounded once, float32 stays float32, as in the reference."""
-    x = np.asarray(img) / 255.
+    img = np.asarray(img)
+    if img.dtype == np.uint8:
+        return cv2.LUT(np.ascontiguousarray(img), NORMALIZED)           # ten times faster than to compute each pixel
+    return _normalize(img)
+
+
+def _normalize(img):
+    x = img / 255.
     return ((x - np.asarray(MEAN, x.dtype)) / np.asarray(STD, x.dtype)).astype(np.float32)
+
+
+NORMALIZED = _normalize(np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2))    # of each uint8
 
 
 def normalize_float32(img):

@@ -9,7 +9,7 @@ import numpy as np
 from tool.cli import BadInput, check_dir, dead_link
 from tool.files import describe
 from tool.image_files import IGNORE
-from tool.image_lists import IMG_FOLDER, get_img_path, load_img_name_list, read_lines     # noqa: F401: for others, too
+from tool.image_lists import IMG_FOLDER, get_img_path, load_img_name_list, read_lines     # noqa: F401: re-exported
 from tool.unpickle import load_dict
 
 CAT_LIST = ['aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',

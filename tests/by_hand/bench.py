@@ -38,7 +38,7 @@ from network.affinity import AffinityHead, to_dense_matrix
 from network.seam import NUM_CLASSES, normalize_cam_for_pcm
 from tool import crf, image_files, imutils, score_files
 from tool.affinity_pairs import STRIDE, pair_indices
-from tool.cli import HelpFormatter, exit_on_bad_input
+from tool.cli import BadInput, HelpFormatter, exit_on_bad_input
 from tool.densecrf import DenseCRF, unary_energy
 from tool.devices import get_device
 from tool.metrics import mean_measures
@@ -361,6 +361,8 @@ def bench_voc(args, machine):
         write_csv(args.csv, [f'# {test}bench.py voc --count {args.count} --width {args.width} --amp {args.amp} '
                              f'--num_workers {args.num_workers} on {machine.replace(",", ";")}'],
                   [pipeline.COLUMNS, *rows])
+    if failed := [row[0] for row in rows if row[1] == 'failed']:
+        raise BadInput(f'these steps failed, see above: {", ".join(failed)}')
 
 
 def cpu_name():
@@ -376,8 +378,10 @@ def main():
     parser.add_argument('stages', nargs='*', metavar='stage', choices=[[], *STAGES, 'voc'],
                         help=f'{", ".join(STAGES)}, or voc by itself; without any: all but voc, and cam and train only '
                              'on a GPU or at --width 16, for they take minutes')
-    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'), help='size of the images. Default: 375 500, and 448 448 for train')
-    parser.add_argument('--repeat', type=int, help='number of timed turns. Default: 5, or 1 for stages that take minutes')
+    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
+                        help='size of the images. Default: 375 500, and 448 448 for train')
+    parser.add_argument('--repeat', type=int,
+                        help='number of timed turns. Default: 5, or 1 for stages that take minutes')
     parser.add_argument('--device', choices=['cuda', 'cpu'], help='Default: cuda if it is available')
     parser.add_argument('--threads', type=int, help="threads of PyTorch on the CPU. Default: PyTorch's choice")
     parser.add_argument('--width', default=64, type=int, choices=[16, 64], help='of the network; 16 for a quick trial')

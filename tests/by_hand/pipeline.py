@@ -1,13 +1,16 @@
 """`bench.py voc`: runs the scripts themselves, steps 1 to 9 of the README, on drawings of VOC's sizes and tags.
 
 Networks have random weights and a learning rate that leaves them as they are: maps and labels mean nothing, the times
-are those of a real run. Rates are of the steady state: the first fifth of a script's batches does not count. `waits` is
-the share of that time in which the script waits for its loader; `busy`, from nvidia-smi, the share in which the GPU had
-work. evaluation.py has no such loader: its rate is that of the whole command, with the start of Python.
+are those of a real run. Rates are of the steady state: the first fifth of a script's batches does not count, nor do
+those that its loader prepares at the start. `waits` is the share of that time in which the script waits for its loader;
+`busy`, from nvidia-smi, the share in which the GPU had work. evaluation.py has no such loader: its rate is that of the
+whole command, with the start of Python.
 """
+import datetime
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -45,7 +48,8 @@ def list_steps(args):
     train, val = ('root/ImageSets/Segmentation/' + split for split in ('train.txt', 'val.txt'))
     crop = 448 * w // 500 // 8 * 8
     workers = f'--num_workers {args.num_workers}'
-    run = f'--voc12_root root {workers} --device {args.device.type} --amp {args.amp}'
+    device = 'cuda:0' if args.device.type == 'cuda' else 'cpu'         # one GPU, if there are several
+    run = f'--voc12_root root {workers} --device {device} --amp {args.amp}'
     training = f'{run} --train_list {train} --crop_size {crop} --lr 1e-6'
     seam, aff, seg = (f'--network network.{net}_{head}' for head in ('SEAM', 'aff', 'deeplab'))
     xml = '--cls_labels none'                   # the XML is read
@@ -71,8 +75,19 @@ def list_steps(args):
          f'{scoring} --list {val} --predict_dir out_seg --comment segmentation')]
 
 
+def read_loads(path):
+    """Returns [(time, share in 0..1 in which the GPU had work)] of a file that nvidia-smi wrote."""
+    loads = []
+    with open(path, encoding='utf-8') as file:
+        for moment, _, percent in (line.strip().partition(', ') for line in file):
+            if percent.isdigit():           # not "[N/A]", as for a part of a GPU
+                loads.append((datetime.datetime.strptime(moment, '%Y/%m/%d %H:%M:%S.%f').timestamp(),
+                              int(percent) / 100))
+    return loads
+
+
 def run_script(script, flags, folder, on_gpu, timed):
-    """Runs a script in a folder. Returns (seconds, what timed.py has recorded if `timed`, [(time, share of the GPU)]).
+    """Runs a script in a folder. Returns (seconds, what timed.py has recorded if `timed`, what `read_loads` returns).
     Raises BadInput with the end of its output where it fails."""
     record, load, output = (os.path.join(folder, name) for name in ('record.json', 'load.txt', 'output.txt'))
     command = [sys.executable, *([os.path.join(HERE, 'timed.py'), record] if timed else []), os.path.join(ROOT, script),
@@ -80,8 +95,10 @@ def run_script(script, flags, folder, on_gpu, timed):
     print(f'+ python {script} {flags}', flush=True)
     start = time.time()
     with open(output, 'w', encoding='utf-8') as told, open(load, 'w', encoding='utf-8') as loads:
-        sampler = subprocess.Popen(['nvidia-smi', '-i', '0', '--query-gpu=utilization.gpu', '-lms', '500',
-                                    '--format=csv,noheader,nounits'], stdout=loads) if on_gpu else None
+        gpu = os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0]
+        sampler = subprocess.Popen(['nvidia-smi', '-i', gpu, '--query-gpu=timestamp,utilization.gpu', '-lms', '500',
+                                    '--format=csv,noheader,nounits'],
+                                   stdout=loads) if on_gpu and shutil.which('nvidia-smi') else None
         try:
             code = subprocess.run(command, cwd=folder, stdout=told, stderr=told, check=False).returncode
         finally:
@@ -94,14 +111,15 @@ def run_script(script, flags, folder, on_gpu, timed):
             raise BadInput(f'{script} ended with exit code {code}: {told.read()[-3000:]}')
     if not timed:
         return seconds, None, []
-    with open(record, encoding='utf-8') as told, open(load, encoding='utf-8') as loads:
-        return seconds, json.load(told), [(start + number / 2, float(line) / 100) for number, line in enumerate(loads)]
+    with open(record, encoding='utf-8') as told:
+        return seconds, json.load(told), read_loads(load)
 
 
-def steady_state(batches, per_batch, shares):
+def steady_state(batches, per_batch, shares, prepared=0):
     """(images a second, share of the time in which the script waits for its loader, mean share of the GPU or None)
-    after the first fifth of its batches. batches: list of [time, seconds waited]; shares: see `run_script`."""
-    first = len(batches) // 5
+    after the first fifth of its batches, or after those `prepared` at the start if these are more; at most half of them
+    are left out. batches: list of [time, seconds waited]; shares: see `read_loads`."""
+    first = min(max(len(batches) // 5, prepared), len(batches) // 2)
     start, end = batches[first][0], batches[-1][0]
     waited = sum(seconds for _, seconds in batches[first + 1:])
     busy = [share for moment, share in shares if start <= moment <= end]
@@ -114,7 +132,7 @@ def print_row(cells):
 
 
 def bench_voc(args):
-    """Prints and returns a row for each step, of COLUMNS."""
+    """Prints and returns a row for each step, of COLUMNS. A step that fails has "failed" in place of a rate."""
     if args.width not in NETS:
         raise BadInput(f'--width {args.width}: the scripts have networks of {" and ".join(map(str, NETS))}')
     check_range(args, 24, 10 ** 5, 'count')
@@ -122,16 +140,20 @@ def bench_voc(args):
     with tempfile.TemporaryDirectory() as folder:
         draw_data(f'{folder}/root', args.count, args.size or (375, 500))
         for name, per_batch, on_voc, script, flags in list_steps(args):
-            seconds, record, shares = run_script(script, flags, folder, args.on_gpu, per_batch > 0)
-            row = [name, '', '-', '-', '-', on_voc, '', f'python {script} {flags}']
+            row = [name, 'failed', '-', '-', '-', on_voc, '-', f'python {script} {flags}']
+            rows.append(row)
+            try:
+                seconds, record, shares = run_script(script, flags, folder, args.on_gpu, per_batch > 0)
+            except BadInput as error:           # the other steps are worth measuring
+                print(error)
+                continue
             if record:
-                rate, waits, busy = steady_state(record['batches'], per_batch, shares)
+                rate, waits, busy = steady_state(record['batches'], per_batch, shares, 2 * args.num_workers)
                 row[2:5] = f'{waits:.0%}', '-' if busy is None else f'{busy:.0%}', f'{record["peak"] / 2 ** 30:.2f}'
             else:
                 on_val = -(-args.count // 4)
                 rate = (on_val if on_voc == VAL else args.count - on_val) / seconds
             row[1], row[6] = f'{rate:.3g}', f'{on_voc / rate / 3600:.2f}'
-            rows.append(row)
             print_row(row[:-1])
     print()
     print_row(COLUMNS[:-1])

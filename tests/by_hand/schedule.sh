@@ -2,9 +2,9 @@
 # The paper's schedule on photographs: does SEAM's gain over the plain CAM grow with crops of 448 and 1,000 steps?
 #   ROOT=DATA_ROOT OUT=FOLDER bash tests/by_hand/schedule.sh [more flags for each tool/tables.py]
 # ROOT has JPEGImages, SegmentationClass, cls_labels.npy, and in ImageSets/Segmentation train_aug.txt (1,040 photographs
-# to train on) and train.txt (437 of them, to score): see "Photographs" in tests/README.md. Other settings by variables:
-# JOBS (6) runs beside each other, each with WORKERS (2) loader processes; SEEDS, EPOCHS, CROPS; FAST, flags for
-# training and inference. A run that was stopped goes on with the same command.
+# to train on) and train.txt (437 of them, to score): see "Photographs" in tests/README.md. Begin with SEEDS=0: on 16
+# cores, a seed was estimated at ten minutes. Other settings by variables: JOBS (6) runs beside each other, each with
+# WORKERS (2) loader processes; SEEDS, EPOCHS, CROPS; FAST, flags for training and inference. A run that was stopped goes on with the same command.
 # OUT/NAME/seedN has what a run writes, OUT/schedule.csv the lines of all tables.csv. The CRF and the walk of the best
 # setting: its command, see OUT/NAME/seedN/log.txt, with --rows CRF walk --alphas ... added.
 set -uo pipefail
@@ -14,14 +14,20 @@ lists=$ROOT/ImageSets/Segmentation failed=0
 source tool/setup.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TQDM_DISABLE=1
 
-finish_one() { wait -n || failed=1; }
+# waits for one run; false if none is left
+finish_one() {
+    wait -n
+    local status=$?
+    [ $status -eq 127 ] && return 1
+    [ $status -eq 0 ] || failed=1
+}
 
 # NAME SIDE "FLAGS OF train_SEAM.py" ROW...: a run of tables.py for every seed
 setting() {
     local name=$1 side=$2 flags=$3 seed out
     shift 3
     for seed in ${SEEDS:-0 1 2}; do
-        [ "$(jobs -rp | wc -l)" -lt "${JOBS:-6}" ] || finish_one
+        while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-6}" ]; do finish_one; done
         out=$OUT/$name/seed$seed
         mkdir -p "$out"
         local command=("$PYTHON" tool/tables.py --lite0 --voc12_root "$ROOT" --list "$lists/train.txt"
@@ -49,7 +55,7 @@ done
 for side in ${SMALLER_CROPS-192 256 320}; do
     setting ${side}_momentum $side "$momentum" "${ends[@]}"
 done
-while [ -n "$(jobs -rp)" ]; do finish_one; done
+while finish_one; do :; done
 
 for table in "$OUT"/*/seed*/tables.csv; do
     sed "s|^|$(basename "$(dirname "$(dirname "$table")")"),|" "$table"
