@@ -22,6 +22,7 @@ from voc12.masks import ground_truth_warnings
 
 CURVE = np.arange(60) / 100                      # background scores of the curve, as in the reference
 LONG_CURVE = np.arange(100) / 100
+IMAGES_AT_ONCE = 8
 
 
 def score_image(name, predict_dir, gt_dir, kind, thresholds, num_classes):
@@ -78,15 +79,26 @@ def warn_of_values(values, categories, chosen, predict_dir, gt_dir):
                   f'"no class": {numbers}, in {counts[beyond].sum():,} pixels')
 
 
+def add_up(results):
+    """Returns the sums of the matrices and of the values of several results of `score_image`."""
+    matrices = values = 0
+    for some_matrices, some_values in results:
+        matrices += some_matrices
+        values += some_values
+    return matrices, values
+
+
+def score_images(names, **settings):
+    return add_up(score_image(name, **settings) for name in names)
+
+
 def evaluate(names, predict_dir, gt_dir, kind, thresholds, num_classes, num_workers):
     """Returns the sums over a list of images of what `score_image` returns."""
-    work = functools.partial(score_image, predict_dir=predict_dir, gt_dir=gt_dir, kind=kind, thresholds=thresholds,
+    work = functools.partial(score_images, predict_dir=predict_dir, gt_dir=gt_dir, kind=kind, thresholds=thresholds,
                              num_classes=num_classes)
-    matrices = values = 0
-    for of_image, values_of_image in parallel_map(work, names, num_workers, 'evaluation'):
-        matrices += of_image
-        values += values_of_image
-    return matrices, values
+    # a process adds up some images: with 254 classes and a curve, the matrices of a single one take 52 MB
+    some = [names[start:start + IMAGES_AT_ONCE] for start in range(0, len(names), IMAGES_AT_ONCE)]
+    return add_up(parallel_map(work, some, num_workers, 'evaluation', IMAGES_AT_ONCE))
 
 
 # ----- results -----

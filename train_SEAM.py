@@ -281,6 +281,7 @@ def main(args):
                                        class_names)
         held_out = HeldOut(whole_images, os.path.join(args.voc12_root, GT_FOLDER), class_names, args.num_workers,
                            device, args.amp)
+        held_out.check_truth(args.val_list, needed=False)
         validation = Validation(args.val_every, functools.partial(measure_cams, scores_and_maps), held_out,
                                 args.keep_best)
 

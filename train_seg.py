@@ -153,7 +153,7 @@ def main(args):
     if args.val_every:
         held_out = HeldOut(VOC12ImageDataset(args.val_list, args.voc12_root, normalize_whole_image),
                            os.path.join(args.voc12_root, GT_FOLDER), class_names, args.num_workers, device, args.amp)
-        held_out.check_truth(args.val_list)
+        held_out.check_truth(args.val_list, needed=True)
         validation = Validation(args.val_every, measure_labels, held_out, args.keep_best)
 
     # ----- network and optimizer -----

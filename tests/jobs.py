@@ -10,3 +10,11 @@ def write(folder, names):
 
 def fail(error):
     raise error
+
+
+class Unsendable:
+    """A dataset whose items cannot be pickled."""
+    img_name_list = ['a', 'b']
+
+    def __getitem__(self, number):
+        return lambda: None

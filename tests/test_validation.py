@@ -197,6 +197,15 @@ def test_measures_by_hand(tmp_path):
     assert 'mIoU_cam_rv' not in means
 
 
+def test_masks_without_an_object_are_refused_before_training(tmp_path):
+    """Background everywhere would be the best network."""
+    save_label_map(str(tmp_path / 'a.png'), np.uint8([[0, 255], [128, 0]]))
+    with pytest.raises(cli.BadInput, match=r'val\.txt .*1 to 3'):
+        held_out(tmp_path).check_truth('val.txt', needed=False)
+    save_label_map(str(tmp_path / 'b.png'), np.uint8([[0, 3]]))
+    held_out(tmp_path).check_truth('val.txt', needed=True)
+
+
 def test_without_ground_truth_the_map_alone(tmp_path):
     means, _, best = validation.measure_cams(Images().predict, None, held_out(tmp_path))
     assert list(means) == ['images', 'masks', 'mAP'] and best == 'mAP' and means['masks'] == 0

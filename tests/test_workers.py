@@ -11,10 +11,11 @@ import torch
 from conftest import ROOT
 from helpers import AFF, SEAM, done, names_of, refused
 from inference_runs import cams, contents, data, walk
-from jobs import fail
+from jobs import Unsendable, fail
 from tool import score_files, workers
-from tool.cli import BadInput, exit_on_bad_input
+from tool.cli import BadInput, exit_on_bad_input, is_killed_loader
 from tool.on_error import Errors
+from tool.torchutils import read_items
 
 
 # ----- ranks and worker processes -----
@@ -151,6 +152,8 @@ def test_damaged_disk_is_no_closed_terminal():
 
 @pytest.mark.parametrize('error, words', [
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), '--num_workers'),
+    (RuntimeError('unable to allocate shared memory(shm) for file </torch_7_8_9>: Cannot allocate memory (12)'), '--shm'),
+    (RuntimeError('unable to write to file </torch_7_8_9>: No space left on device (28)'), '--shm-size'),
     (torch.OutOfMemoryError('CUDA out of memory. Tried'), 'out of memory'),
     (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), 'out of memory')])
 def test_errors_of_the_machine_are_one_line(error, words, capsys):
@@ -158,6 +161,14 @@ def test_errors_of_the_machine_are_one_line(error, words, capsys):
         raise error
     line = capsys.readouterr().err
     assert stop.value.code == 2 and words in line and line.count('\n') == 1
+
+
+def test_loader_that_cannot_hand_over_its_item_ends_the_run():
+    """As where /dev/shm is full; the script waited for ever."""
+    items = read_items(Unsendable(), ['a', 'b'], Errors('stop', ''), 1, torch.device('cpu'), 'test')
+    with pytest.raises(RuntimeError) as caught:
+        list(items)
+    assert is_killed_loader(caught.value)
 
 
 def test_bug_in_a_loader_process_is_no_killed_process():

@@ -57,11 +57,11 @@ def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
         except (BadInput, NotFinite) as error:
             exit_with(f'error: {error}', 2)
         except Exception as error:
-            if is_out_of_memory(error):
-                exit_with(f'error: out of memory; what helps: {memory_help}', 2)
             if is_killed_loader(error):
                 exit_with('error: a loader process was killed, perhaps for lack of memory, or of shared memory in a '
                           'container (docker run --shm-size=8g): try fewer --num_workers', 2)
+            if is_out_of_memory(error):
+                exit_with(f'error: out of memory; what helps: {memory_help}', 2)
             raise
         finally:
             try:
@@ -97,10 +97,12 @@ def is_out_of_memory(error):
 
 
 def is_killed_loader(error):
-    """Whether an exception says that a loader process was killed. PyTorch's signal handler raises it wherever the
-    program is, also inside `torch.save`, whose own error then has it as its context."""
+    """Whether an exception says that a loader process was killed, or found no room for a batch in shared memory.
+    PyTorch's signal handler raises it wherever the program is, also inside `torch.save`, whose own error then has it as
+    its context."""
     while error:
-        if isinstance(error, RuntimeError) and 'DataLoader worker (pid' in str(error):
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in (
+                'DataLoader worker (pid', 'shared memory(shm)', 'file </torch_')):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -62,8 +62,8 @@ def load_scores(path, flag, kind):
     kind 'cam': keys are the foreground classes from 0; 'crf': 0 is the background, class + 1 the others, and the scores
     of a pixel sum to 1. path: NAME.npy; NAME.npz is read if that is missing. flag: the flag that named the folder. No
     code in the file is run (see tool/unpickle.py), and float16 becomes float32.
-    Raises BadInput for other content, NaN and infinite scores, and for a file of the other kind, which would shift all
-    classes by one: CRF scores sum to 1 at every pixel and have the key 0, CAMs do not.
+    Raises BadInput for other content, NaN and infinite scores, CAMs above 1, and for a file of the other kind, which
+    would shift all classes by one: CRF scores sum to 1 at every pixel and have the key 0, CAMs do not.
     """
     path = find_scores(path, flag)
     scores = {CLASSES.get(key): value for key, value in load_dict(path, flag).items()}
@@ -80,6 +80,10 @@ def load_scores(path, flag, kind):
     if kind == 'crf' and scores and sums_to_one(scores).mean() < 0.5:
         raise BadInput(f'{path} ({flag}) does not sum to 1 at most pixels, so its key 0 is a class and not background: '
                        'it is a CAM file, and a CRF file is needed')
+    largest = max((value.max() for value in scores.values()), default=0)
+    if kind == 'cam' and largest > 1.001:
+        raise BadInput(f'{path} ({flag}) has scores up to {largest:g}; divide each map by its largest value, so that '
+                       'they are 1 at most')
     if kind == 'cam' and 0 in scores and len(scores) > 1 and sums_to_one(scores).all():
         raise BadInput(f'{path} ({flag}) sums to 1 at every pixel: it is a CRF file, and a CAM file is needed')
     return {key: value.astype(np.float32) if value.dtype == np.float16 else value for key, value in scores.items()}

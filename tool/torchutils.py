@@ -1,4 +1,6 @@
 """Optimizer, random numbers, batches of a training run, items of an inference run, and calibration of batch norm."""
+import multiprocessing.queues
+import os
 import random
 
 import numpy as np
@@ -129,7 +131,13 @@ class SkipBad:
             return error
 
 
-def read_items(dataset, names, errors, num_workers, device, desc, worker_init_fn=None):
+def end_if_stuck(_):
+    """`worker_init_fn` of the loaders: a worker that cannot hand its item over, because /dev/shm is full, ends.
+    Otherwise the script would wait for the item for ever."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, item: os._exit(1))
+
+
+def read_items(dataset, names, errors, num_workers, device, desc, worker_init_fn=end_if_stuck):
     """Yields the dataset's items for these names, with a progress bar. The error of an item that cannot be read goes to
     `errors`, an `Errors` of tool/on_error.py, which raises it or keeps it."""
     loader = DataLoader(SkipBad(dataset, names), batch_size=None, num_workers=num_workers,

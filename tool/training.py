@@ -16,7 +16,7 @@ from tool.cli import HANG_UP, BadInput, NotFinite, check_file, check_range, is_k
 from tool.devices import check_replicas, get_device, get_rank, peak_memory, seed_gpus
 from tool.files import atomic_write, describe
 from tool.pyutils import Logger
-from tool.torchutils import read_batches, set_seed
+from tool.torchutils import end_if_stuck, read_batches, set_seed
 from tool.unpickle import load_tensors
 
 # for `exit_on_bad_input`
@@ -264,8 +264,9 @@ class Checkpoint:
 
 # ----- signals -----
 
-def outlive_sigterm(_):
+def outlive_sigterm(worker):
     """`worker_init_fn` of the loaders: if a whole process group gets the signal, the workers outlive the last step."""
+    end_if_stuck(worker)
     for number in (signal.SIGTERM, *HANG_UP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,5 @@
 """Validation during a training: measures on held-out images, and the weights with the best of them."""
+import contextlib
 import copy
 import dataclasses
 import os
@@ -48,11 +49,22 @@ class HeldOut:
     def truth_path(self, name):
         return os.path.join(self.truth_dir, name + '.png')
 
-    def check_truth(self, val_list):
-        """Raises BadInput where no image of the list, which is in the file `val_list`, has ground truth."""
-        if not any(os.path.isfile(self.truth_path(name)) for name in self.names):
+    def check_truth(self, val_list, needed):
+        """Raises BadInput if no mask of the list, which is in the file `val_list`, has an object, so that background
+        everywhere would be best; if ground truth is `needed`, also if there is none."""
+        masks = [self.truth_path(name) for name in self.names if os.path.isfile(self.truth_path(name))]
+        if needed and not masks:
             raise BadInput(f'--val_every needs ground truth, but no image of {val_list} (--val_list) has a mask in '
                            f'{self.truth_dir} (--voc12_root)')
+        if masks and not any(map(self.has_object, masks)):
+            raise BadInput(f'no mask of {val_list} (--val_list) in {self.truth_dir} (--voc12_root) has an object, a '
+                           f'value of 1 to {len(self.class_names)}: run voc12/check.py, or leave --val_every out')
+
+    def has_object(self, path):
+        with contextlib.suppress(BadInput):     # the validation leaves such a mask out, and says so
+            labels = image_files.read_label_map(path, '--voc12_root')
+            return ((labels > 0) & (labels <= len(self.class_names))).any()
+        return False
 
     def read_truth(self, name, size):
         """Returns the ground truth of an image, uint8 (H, W) = size, or None if it has none. Raises BadInput."""

@@ -25,23 +25,23 @@ def available_cores():
         return cores
 
 
-def parallel_map(work, items, num_workers, desc):
+def parallel_map(work, items, num_workers, desc, images=1):
     """Yields work(item) for every item, in order, from up to `num_workers` processes, with a progress bar.
 
     work: a function that can be pickled, or functools.partial of one. For few items this process does the work itself,
-    because starting another one takes as long as about 50 items. Raises what `work` raises, and BadInput if a process
-    was killed.
+    because starting another one takes as long as about 50 images. images: the number that an item stands for. Raises
+    what `work` raises, and BadInput if a process was killed.
     """
     items = list(items)
     bar = functools.partial(tqdm, total=len(items), desc=desc, dynamic_ncols=True, disable=None)  # only on a terminal
-    workers = min(num_workers, multiprocessing.cpu_count(), len(items) // 50)
+    workers = min(num_workers, multiprocessing.cpu_count(), len(items) * images // 50)
     if workers < 2:
         yield from bar(map(work, items))
         return
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), signal.signal,
                                                   (signal.SIGINT, signal.SIG_IGN))     # Ctrl-C is for this process
     try:
-        yield from bar(pool.map(work, items, chunksize=8))
+        yield from bar(pool.map(work, items, chunksize=max(8 // images, 1)))
     except concurrent.futures.BrokenExecutor as error:
         raise BadInput(f'{desc}: a process was killed, perhaps for lack of memory: try fewer --num_workers') from error
     finally:
