@@ -36,7 +36,7 @@ def walk_seeds(cam_dict, alpha, size):
     h, w = next(iter(cam_dict.values())).shape
     scores = np.zeros((1 + len(cam_dict), *size), np.float32)
     scores[1:, :h, :w] = [cam_dict[key] for key in sorted(cam_dict)]
-    # classes that are not in the image compete with 0
+    # not below 0, where absent classes compete with 0
     scores[0, :h, :w] = np.power(1 - np.maximum(scores[1:, :h, :w].max(axis=0), 0), alpha)
     return scores
 

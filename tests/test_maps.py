@@ -101,3 +101,8 @@ def test_mirrored_view_adds_the_mirrored_maps(net):
     both, one, other = (infer_SEAM.multi_scale_cam(infer_SEAM.run_views(net, [x], flip=flip)[0], [x], [2, 5], (64, 80))
                         for x, flip in ((view, True), (view, False), (view.flip(-1), False)))
     assert np.abs(both - (one + other[..., ::-1])).max() < 1e-5 * both.max()
+
+
+def test_lowest_class_wins_a_tie_whatever_the_order_of_the_dict():
+    ones = np.ones((2, 3), np.float32)
+    assert (infer_SEAM.label_map({7: ones, 2: ones}, 0.5, (2, 3)) == 3).all()

@@ -107,6 +107,7 @@ def load_fitting(folder, name, flag, kind, size, num_classes):
 
 
 def strongest_label(scores):
-    """Returns the label map (H, W) with the label of the highest score at each pixel, the first of equals.
+    """Returns the label map (H, W) with the label of the highest score at each pixel, the lowest of equals.
     scores: dict {label: scores (H, W)}, not empty."""
-    return np.array(list(scores))[np.stack(list(scores.values())).argmax(axis=0)]
+    labels = sorted(scores)
+    return np.array(labels)[np.stack([scores[label] for label in labels]).argmax(axis=0)]
