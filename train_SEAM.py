@@ -232,7 +232,8 @@ def check_args(args):
     check_range(args, 0.001, 1, 'topk_ratio')
     check_range(args, 0.05, 4, 'scale_factor')
     check_range(args, 0, 180, 'max_rotation')
-    check_range(args, 0, args.crop_size / 2, 'max_translation')
+    if 'translation' in args.transform:
+        check_range(args, 0, args.crop_size / 2, 'max_translation')
     if args.resize_long[0] > args.resize_long[1]:
         raise BadInput(f'--resize_long {args.resize_long}: the smaller value comes first')
     if args.train_bn and (args.accum > 1 or args.checkpointing or get_rank()[1] > 1):

@@ -15,7 +15,7 @@ from tool import imutils
 from tool.affinity_pairs import STRIDE
 from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, describe_run, get_rank, mean_over_ranks, parallel, sum_over_ranks
-from tool.outputs import describe_folder
+from tool.outputs import describe_folder, read_settings
 from tool.pyutils import AverageMeter, Timer
 from tool.torchutils import PolyOptimizer, SeededDataset, StepBatches, calibrate_batch_norm, collate, read_batches
 from tool.training import (MEMORY_HELP, Checkpoint, check_batch_size, check_training_args, digest_inputs, open_log,
@@ -117,6 +117,10 @@ def check_args(args):
         raise BadInput(f'--crop_size {args.crop_size} must be a multiple of {STRIDE}, and {5 * STRIDE} or more')
     check_dir(args.la_crf_dir, '--la_crf_dir')
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
+    low, high = ((read_settings(folder) or {}).get('alpha', 0) for folder in (args.la_crf_dir, args.ha_crf_dir))
+    if low > high:
+        raise BadInput(f'{args.la_crf_dir} (--la_crf_dir) has the exponent {low}, {args.ha_crf_dir} (--ha_crf_dir) only '
+                       f'{high}: exchange them')
 
 
 def main(args):

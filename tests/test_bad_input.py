@@ -1,4 +1,5 @@
 """Odd and bad input of every script: one test each."""
+import json
 import shutil
 
 import numpy as np
@@ -146,6 +147,14 @@ def test_crf_files_of_different_labels(voc, pipeline):
                  '--num_workers', 0, '--la_crf_dir', 'la', '--ha_crf_dir', 'ha',
                  '--weights', pipeline[0] / 'runs/pre_backbone.pth')
     refused(result, names[0], '--la_crf_dir', '--ha_crf_dir')
+
+
+def test_exchanged_crf_folders(voc):
+    for folder, alpha in (('la', 24.), ('ha', 4.)):
+        (voc / folder).mkdir(exist_ok=True)
+        (voc / folder / 'settings.json').write_text(json.dumps({'alpha': alpha}))
+    result = run(voc, 'train_aff', '--network', AFF, '--la_crf_dir', 'la', '--ha_crf_dir', 'ha')
+    refused(result, 'la (--la_crf_dir)', '24', 'ha (--ha_crf_dir)', '4')
 
 
 def evaluate(voc, pipeline, *args):

@@ -16,9 +16,10 @@ from tool import metrics, pyutils, training, visualization
 from training_runs import ONE_STEP, data, flags, plain
 
 
-def test_log_goes_on_without_its_terminal(tmp_path, monkeypatch):
+@pytest.mark.parametrize('number', [errno.EIO, errno.EPIPE, errno.ENOSPC])
+def test_log_goes_on_without_its_terminal_or_pipe_or_on_a_full_disk(tmp_path, monkeypatch, number):
     def write(*_):
-        raise OSError(errno.EIO, 'Input/output error')
+        raise OSError(number, 'no output')
     log = pyutils.Logger(str(tmp_path / 'x'))
     monkeypatch.setattr(pyutils.tqdm, 'write', write)
     log('a line')
@@ -47,6 +48,13 @@ def test_new_run_says_which_files_of_an_earlier_one_it_replaces(tmp_path, capsys
         training.open_log(session, step, [])
         out = capsys.readouterr().out
         assert ('warning' in out) == bool(words) and all(word in out for word in words)
+
+
+def test_new_run_puts_the_checkpoint_of_an_earlier_one_aside(tmp_path):
+    """A --resume of the new run, killed before its first checkpoint, ended with the weights of the old one."""
+    (tmp_path / 'x_last.pth').write_text('old')
+    training.open_log(str(tmp_path / 'x'), None, [])
+    assert not (tmp_path / 'x_last.pth').exists() and (tmp_path / 'x_last_earlier.pth').read_text() == 'old'
 
 
 def test_every_session_has_a_tensorboard_folder_and_a_resumed_one_hides_later_steps(tmp_path, monkeypatch):

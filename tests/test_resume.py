@@ -161,7 +161,7 @@ def test_contradicting_flags_are_named(data, plain):
 def test_other_spellings_of_the_same_files_resume(data, plain):
     spelled = data / '..' / data.name / LIST
     done(run(data, 'train_SEAM', *flags('train_SEAM', 'moved', '--resume', 'plain_train_SEAM_last.pth', '--train_list',
-                                        spelled, '--voc12_root', data / 'VOC2012')))
+                                        spelled, '--voc12_root', data / 'VOC2012', '--weights', 'gone.pth')))
     assert same(plain['train_SEAM'], weights(data / 'moved.pth'))
     resume = '--resume', 'plain_train_aff_last.pth', '--train_list', spelled
     folders = '--la_crf_dir', 'la/', '--ha_crf_dir', data / 'ha'
@@ -247,7 +247,7 @@ def test_memory_that_runs_out_is_one_line_and_the_checkpoint_stays(data, script,
     monkeypatch.setattr(torch.optim.SGD, 'step', step)
     (data / 'memory_last.pth').write_bytes(b'before')
     refused(run(data, script, *flags(script, 'memory')), 'out of memory', '--accum', '--checkpointing', '--amp')
-    assert (data / 'memory_last.pth').read_bytes() == b'before'
+    assert (data / 'memory_last_earlier.pth').read_bytes() == b'before'
 
 
 @pytest.mark.parametrize('damage', ['missing', 'cut', 'weights'])

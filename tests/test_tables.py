@@ -118,6 +118,17 @@ def test_published_numbers_stand_only_where_they_belong(commands, tmp_path, flag
     assert '55.41' not in (tmp_path / 'out/tables.md').read_text()
 
 
+def test_new_run_puts_the_results_of_an_earlier_one_aside(commands, tmp_path):
+    """When the new run was stopped, --resume mixed both in one table."""
+    commands('--rows', 'SEAM', '--seeds', '0', '1')
+    (tmp_path / 'out/seed0/seam_last.pth').write_text('')
+    commands('--rows', 'SEAM', '--seeds', '0')
+    assert not (tmp_path / 'out/seed0/seam_last.pth').exists()
+    assert (tmp_path / 'out/seed0_earlier/seam_last.pth').exists() and (tmp_path / 'out/seed1').exists()
+    with open(tmp_path / 'out/tables.csv', newline='') as file:
+        assert [row['seed'] for row in csv.DictReader(file)] == ['0']
+
+
 def test_resume_keeps_the_rows_of_before_and_hands_the_flag_on(commands, tmp_path):
     commands('--rows', 'SEAM')
     (tmp_path / 'out/seed0/seam_last.pth').write_text('')

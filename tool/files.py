@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 
 from tool.cli import CannotWrite, is_out_of_memory
 
@@ -26,6 +27,17 @@ def atomic_write(path):
         if isinstance(error, OSError):
             raise CannotWrite(f'cannot write {path}: {error.strerror}') from error
         raise
+
+
+def set_aside(path):
+    """Renames a file or folder of an earlier run, which a later --resume would take for its own, to NAME_earlier, and
+    replaces what has that name. Returns the new path; does nothing if there is no such file."""
+    stem, extension = os.path.splitext(os.path.normpath(path))
+    earlier = f'{stem}_earlier{extension}'
+    if os.path.exists(path):
+        shutil.rmtree(earlier, ignore_errors=True)
+        os.replace(path, earlier)
+    return earlier
 
 
 def file_digest(path):

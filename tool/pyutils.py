@@ -10,6 +10,9 @@ from tqdm import tqdm
 from tool.cli import BadInput, NotFinite, make_dir
 from tool.files import atomic_write
 
+# errors of an output that is a closed terminal, a closed pipe, or a file on a full disk
+NO_READER = errno.EIO, errno.EPIPE, errno.ENOSPC, errno.EDQUOT
+
 
 class AverageMeter:
     """Means of named values since the last `pop`. Tensors stay on the GPU until then, so no step waits for it."""
@@ -92,7 +95,7 @@ class Logger:
             try:
                 tqdm.write(line)        # prints to stdout without breaking a progress bar
             except OSError as error:
-                if error.errno != errno.EIO:        # EIO: the terminal is closed; the training still has to save
+                if error.errno not in NO_READER:        # the training still has to save
                     raise
 
     def warn_once(self, kind, line):

@@ -25,7 +25,7 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 
 from tool.cli import BadInput, HelpFormatter, exit_on_bad_input, make_dir
 from tool.commands import ROOT, run_child
-from tool.files import file_digest
+from tool.files import file_digest, set_aside
 from tool.image_lists import load_img_name_list
 from tool.outputs import SETTINGS, read_settings
 from tool.table_checks import check_data, check_numbers, check_scripts
@@ -377,11 +377,15 @@ def main(args):
     make_dir(args.out, '--out')
     check_settings(args)
     path, records = os.path.join(args.out, 'tables.csv'), {}
-    if args.resume and os.path.isfile(path):
+    if not args.resume:
+        set_aside(path)
+    elif os.path.isfile(path):
         records = {(record['table'], record['row'], record['seed']): record for record in read_csv(path)}
     for seed in args.seeds:
         of_seed = argparse.Namespace(**vars(args), seed=seed, weights_aff=args.weights,
                                      made=collections.defaultdict(set))         # folder -> names of its images
+        if not args.resume:
+            set_aside(result_path(of_seed))
         make_dir(result_path(of_seed), '--out')
         if args.toy:
             make_toy(of_seed)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tool.cli import HANG_UP, BadInput, NotFinite, check_file, check_range, is_killed_loader, is_out_of_memory
 from tool.devices import check_replicas, get_device, get_rank, peak_memory, seed_gpus
-from tool.files import atomic_write, describe
+from tool.files import atomic_write, describe, set_aside
 from tool.pyutils import Logger
 from tool.torchutils import end_if_stuck, read_batches, set_seed
 from tool.unpickle import load_tensors
@@ -38,7 +38,7 @@ def check_training_args(args):
     if not os.path.basename(args.session_name):
         raise BadInput(f'--session_name {args.session_name} is a folder: add a name for the files in it, '
                        f'{args.session_name}NAME')
-    if args.weights:
+    if args.weights and not args.resume:
         check_file(args.weights, '--weights')
 
 
@@ -63,7 +63,8 @@ def set_up(seed, device, tf32=False, amp='off', deterministic=False, one_gpu=Fal
 
 def open_log(session_name, step, lines, keep_best=False):
     """Opens the Logger of a run, which begins with `lines`. A new run (step None) warns of the files of an earlier run
-    that it replaces; a resumed run continues with update number `step`."""
+    that it replaces, and renames its checkpoint, which a later --resume would take for its own; a resumed run continues
+    with update number `step`."""
     last = session_name + '_last.pth'
     paths = [session_name + '.pth', last, session_name + '.log', session_name + '.jsonl']
     if keep_best:
@@ -75,7 +76,9 @@ def open_log(session_name, step, lines, keep_best=False):
     if step is not None:
         log(f'resumed after {step} steps')
     elif found:
-        advice = f'--resume would go on from {last}' if last in found else 'another --session_name would keep them'
+        advice = 'another --session_name would keep them'
+        if last in found and get_rank()[0] == 0:
+            advice = f'its checkpoint is {set_aside(last)} now, from which --resume PATH would go on'
         log(f'warning: this run replaces {", ".join(found)} of an earlier run (--session_name); {advice}')
     return log
 
@@ -160,9 +163,9 @@ def report_progress(log, timer, batches, optimizer, step, means, losses, counts=
 
 # flags that a resumed run may change: the result stays the same, except for rounding. (With another `accum`, dropout
 # draws other masks, and a batch norm that trains sees other batches)
-FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'log_every', 'tblog_dir', 'weights', 'reset_head', 'val_list',
-                  'val_every', 'keep_best', 'voc12_root', 'num_workers', 'device', 'deterministic', 'accum',
-                  'checkpointing'}
+FREE_ON_RESUME = {'resume', 'session_name', 'save_every', 'log_every', 'tblog_dir', 'weights', 'reset_head',
+                  'fit_classifier', 'val_list', 'val_every', 'keep_best', 'voc12_root', 'num_workers', 'device',
+                  'deterministic', 'accum', 'checkpointing'}
 
 
 def _save(what, path):
@@ -267,7 +270,7 @@ class Checkpoint:
 def outlive_sigterm(worker):
     """`worker_init_fn` of the loaders: if a whole process group gets the signal, the workers outlive the last step."""
     end_if_stuck(worker)
-    for number in (signal.SIGTERM, *HANG_UP):
+    for number in (signal.SIGTERM, signal.SIGINT, *HANG_UP):
         signal.signal(number, signal.SIG_IGN)
 
 
