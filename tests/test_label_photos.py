@@ -194,6 +194,28 @@ def test_a_line_in_place_of_the_coco_file_where_pycocotools_is_missing(commands,
     assert 'pip install pycocotools' in report and 'python voc12/export_coco.py --label_dir out/labels' in report
 
 
+def test_the_coco_file_has_the_photographs_of_the_labels_alone(commands):
+    pytest.importorskip('pycocotools')
+    log = commands()
+    assert of(log, 'voc12.export_coco')[0].list == of(log, 'train_SEAM')[0].train_list
+
+
+@pytest.mark.parametrize('script', ['export_coco.py', 'evaluation.py'])
+def test_report_is_written_although_a_last_command_fails(commands, monkeypatch, script):
+    pytest.importorskip('pycocotools')
+    run_child = label_photos.run_child
+
+    def fail(command, *advice):
+        if command[1].endswith(script):
+            raise SystemExit(2)
+        run_child(command, *advice)
+    monkeypatch.setattr(label_photos, 'run_child', fail)
+    with pytest.raises(SystemExit):
+        commands('--masks', 'truth')
+    report = open('out/report.md').read()
+    assert 'export_coco.py' in report and report.count('python evaluation.py') == 2
+
+
 def test_a_folder_of_something_else_is_left_alone(commands, photos):
     (photos / 'out').mkdir()
     (photos / 'out/mine.txt').write_text('')

@@ -165,9 +165,9 @@ def plan(args, root, names, on_gpu):
              [walks, sheet(f'{out}/labels{suffix}.png', '--label_dir', f'{out}/labels{suffix}')])]
 
 
-def coco_command(args, root):
+def coco_command(args, root, names):
     labels = f'{args.out}/labels{suffix_of(args.t)}'
-    return ['voc12/export_coco.py', '--label_dir', labels, '--voc12_root', root, '--class_names',
+    return ['voc12/export_coco.py', '--label_dir', labels, '--voc12_root', root, '--list', names, '--class_names',
             f'{root}/class_names.txt', '--out', labels + '.json']
 
 
@@ -273,30 +273,37 @@ def main(args):
     stages = plan(args, root, names, on_gpu)
     minutes = run_stages(stages, args.resume, on_gpu)
 
-    notes, closing = [], [coco_command(args, root)]
-    if importlib.util.find_spec('pycocotools'):
-        run(*closing)
-        notes.append(f'- `{closing[0][-1]}` has the same labels in the format of COCO, one annotation per photograph '
-                     'and class.')
-    else:
-        notes.append(f'- For the format of COCO: `pip install pycocotools`, then `{shell_line(*closing)}`.')
-    for folder, command in score_commands(args, root, names).items() if args.masks else ():
-        run(command)
-        closing.append(command)
-        notes.append(describe_score(folder, read_csv(f'{args.out}/{folder}_result.csv')[0]))
+    coco = coco_command(args, root, names)
+    scores = score_commands(args, root, names) if args.masks else {}
+    notes, has_coco = [], bool(importlib.util.find_spec('pycocotools'))
+    if not has_coco:
+        notes.append(f'- For the format of COCO: `pip install pycocotools`, then `{shell_line(coco)}`.')
     classes = read_lines(f'{root}/class_names.txt', '--class_names')
     common = [name for name, least in zip(classes, np.min(list(labels.values()), axis=0)) if least]
     if common:
         notes.append(f'- Every photograph shows {", ".join(common)}, so the network had nothing to compare it with. '
                      'Add photographs without it if you can, with lines such as `sky.jpg,`, and begin again.')
-    text = describe_results(args, len(classes), stages, minutes, notes)
     report = f'{args.out}/report{suffix_of(args.t)}.md'
-    commands = [make, check, *(command for *_, commands in stages for command in commands), *closing]
+    commands = [make, check, *(command for *_, commands in stages for command in commands), coco, *scores.values()]
     # with --resume, a changed command would be refused
     lines = [shell_line(word for word in command if word != '--resume') for command in commands]
-    write_text(report, '\n'.join([text, '## The commands', '', 'Run them in the repository, as they are or changed:',
-                                  '', '```', *lines, '```', '']))
-    print(f'\n{text}\nThe commands of all steps are in {report}.')
+
+    def write_report():
+        text = describe_results(args, len(classes), stages, minutes, notes)
+        write_text(report, '\n'.join([text, '## The commands', '',
+                                      'Run them in the repository, as they are or changed:', '', '```', *lines, '```',
+                                      '']))
+        return text
+
+    write_report()              # before the last commands, which may fail after all the work
+    if has_coco:
+        run(coco)
+        notes.append(f'- `{coco[-1]}` has the same labels in the format of COCO, one annotation per photograph and '
+                     'class.')
+    for folder, command in scores.items():
+        run(command)
+        notes.append(describe_score(folder, read_csv(f'{args.out}/{folder}_result.csv')[0]))
+    print(f'\n{write_report()}\nThe commands of all steps are in {report}.')
 
 
 if __name__ == '__main__':
