@@ -53,6 +53,14 @@ def test_header_is_told(images, capsys):
     assert 'is a header' not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('rows', [['image,label', 'a.jpg,cat', 'b.png,dog'],
+                                  ['image,cat,dog', 'a.jpg,1,0', 'b.png,0,1']])
+def test_header_is_one_although_an_image_is_called_like_it(rows, images):
+    Image.new('RGB', (12, 9)).save(images / 'image.jpg')
+    assert labels_of(make(images, rows)) == {'a': ['cat'], 'b': ['dog']}
+    assert 'image' in labels_of(make(images, ['image,cat', 'b,dog']))           # no line has an extension
+
+
 def test_one_hot_class_without_images_stays_a_class(images):
     root = make(images, ['image,yak,cat', 'a.jpg,0,1', 'h.tif,0,1'])
     assert load_class_names(str(root / 'class_names.txt')) == ['cat', 'yak']
@@ -169,16 +177,18 @@ def test_image_outside_of_the_folder_is_refused(field, images):
         make(images, ['a.jpg,cat', field.format(parent=images.parent) + ',dog'])
 
 
-def test_folder_in_the_images_may_be_a_link_to_elsewhere(images):
+def test_folder_in_the_images_may_be_a_link_to_elsewhere(images, capsys):
     (images.parent / 'elsewhere').mkdir()
     Image.new('RGB', (12, 9)).save(images.parent / 'elsewhere' / 'z.png')
     (images / 'linked').symlink_to(images.parent / 'elsewhere')
+    (images / 'again').symlink_to(images.parent / 'elsewhere')
     assert labels_of(make(images, ['linked/z.png,cat', 'a.jpg,dog']))['z'] == ['cat']
+    assert 'z.png' not in capsys.readouterr().out               # it is used
 
 
 @pytest.mark.parametrize('row', ['c.jpg', 'c', '.\\c.JPG'])
 def test_extension_in_other_capitals_is_found(row, images):
-    assert 'c' in labels_of(make(images, [f'{row},cat', 'a.jpg,dog']))
+    assert 'c' in labels_of(make(images, ['a.jpg,dog', f'{row},cat']))
 
 
 def test_stem_of_two_images_is_refused_without_its_extension(images):

@@ -9,7 +9,8 @@ line has. A row is an image, its path in --images with or without extension, and
     one-hot   image,cat,dog         the header names the classes; below it are only 1 or 0, True or False, yes or no,
               cat1.jpg,1,1          their first letters, x or nothing (also - or NaN), in any capitals
 
-1. A first line that does not begin with the path of an image is a header.
+1. A first line that does not begin with the path of an image is a header. So is one that begins without an extension
+   (image,label) if all lines below have one, even if there is an image.jpg.
 2. The columns of --label_columns hold classes. Without this flag they are the columns called label, class, category,
    tag or the like; if there are none, all but the first.
 3. If all their fields are a yes or no, the form is one-hot. Otherwise the fields are names.
@@ -234,9 +235,9 @@ def read_labels(args):
     rows, header, source = read_rows(args.labels), [], f'{args.labels} (--labels)'
     if not rows:
         raise BadInput(f'{source} has no rows')
-    first = rows[0][1][0]
-    if not first.lower().endswith(EXTENSIONS) and find_image(args.images, first) is None:
-        print(f'{args.labels}: the first line is a header, because {args.images} has no image "{first}"')
+    first, *below = [fields[0].lower().endswith(EXTENSIONS) for _, fields in rows]
+    if not first and (below and all(below) or find_image(args.images, rows[0][1][0]) is None):
+        print(f'{args.labels}: the first line is a header, because "{rows[0][1][0]}" is not the file name of an image')
         header = [' '.join(field.split()) for field in rows.pop(0)[1]]
         while header and not header[-1]:
             header.pop()
