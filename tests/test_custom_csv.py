@@ -226,6 +226,8 @@ def test_stem_of_two_images_is_refused_without_its_extension(images):
     (['image,label', 'a.jpg,cat', 'b.png,negative'], 'negative'),
     (['image,label', 'a.jpg,1', 'b.png,0'], '"0".*"label"'),
     (['image,fold,cat', 'a.jpg,1,0', 'b.png,0,1'], '"0".*"fold"'),
+    *((['image,cat,dog,' + name, 'a.jpg,1,0,1', 'b.png,0,1,0'], f'"{name}".*--label_columns') for name in (
+        'difficult', 'Occluded', 'truncated', 'crowd', 'is_crowd', 'iscrowd', 'any', 'all', 'total', 'count')),
     (['image,label,split', 'a.jpg,cat,train', 'b.png,-,val'], '"-"'),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,1'], 'line 3.*1 .*2 '),
     (['image,cat,dog', 'a.jpg,1,0', 'b.png,1,0,1'], 'line 3.*3 '),

@@ -53,7 +53,8 @@ LABEL_COLUMN = re.compile('(?:image|img|gt|true)?(label|class|categor|tag|choice
                           '(?:s|es|y|ies|name|names)*')
 # names of columns of 1 and 0 that are no classes
 NO_CLASS_COLUMN = re.compile(r'split|(sub)?set|fold|verified|reviewed|checked|is\W*_?(train|val|valid|test)\w*|'
-                             r'(.*[\W_])?(id|index)|unnamed.*')
+                             r'(.*[\W_])?(id|index)|unnamed.*|difficult|occluded|truncated|(is_?)?crowd|any|all|total|'
+                             'count')
 SPLITS = {'val', 'valid', 'validation', 'test', 'testing', 'training', 'trainval'}
 IN_NAMES = set("_-.'’()")          # punctuation that names of classes may have
 
