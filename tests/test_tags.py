@@ -1,6 +1,7 @@
 """Images and tags as people have them: --images, tags from the classifier, tiles of large images."""
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from network.seam import class_scores
 from tool import score_files, torchutils, training
 from tool.cli import BadInput
 from tool.metrics import best_tag_threshold
+from tool.outputs import ResultFolder
 from voc12.data_root import find_images
 from voc12.lists import CAT_LIST
 from voc12.tags import load_tag_thresholds
@@ -71,6 +73,36 @@ def test_files_and_folders_become_names(tmp_path):
     assert found == {'a_b': one, 'alone': three, 'c': two} and folder == str(tmp_path)
     assert find_images([two]) == ({'c': two}, str(tmp_path / 'inner'))
     assert find_images([two, three]) == ({'alone': three, 'c': two}, str(tmp_path))
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    photo(tmp_path / 'photos/a.jpg'), photo(tmp_path / 'elsewhere/inner/b.png')
+    for link in ('photos/other', 'photos/once_more', 'elsewhere/inner/cycle'):
+        (tmp_path / link).symlink_to(tmp_path / 'elsewhere')
+    assert list(find_images([str(tmp_path / 'photos')])[0]) == ['a', 'b']
+
+
+@pytest.mark.parametrize('ending', ['jfif', 'JFIF', 'ppm'])
+def test_every_format_that_is_read_is_found(tmp_path, ending):
+    Path(photo(tmp_path / 'a.jpg')).rename(tmp_path / f'a.{ending}')
+    assert list(find_images([str(tmp_path)])[0]) == ['a']
+
+
+def test_hidden_folders_and_folders_of_results_are_not_read(tmp_path):
+    for path in ('a.jpg', '.thumbnails/a.jpg', 'inner/.ipynb_checkpoints/a.jpg', 'seg/a.png'):
+        photo(tmp_path / path)
+    ResultFolder(str(tmp_path / 'seg'), '--out_seg', '.png', {}).open(['a'], resume=False)
+    assert find_images([str(tmp_path)])[0] == {'a': str(tmp_path / 'a.jpg')}
+
+
+def test_files_that_are_not_read_are_counted(tmp_path, capsys):
+    photo(tmp_path / 'a.jpg')
+    for name in ('b.heic', 'inner/c.heic', 'd.mov', '.hidden'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    find_images([str(tmp_path)])
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith('3 ') and str(tmp_path) in line and '.heic (2)' in line and '.mov (1)' in line
 
 
 def test_what_images_cannot_be_is_refused(tmp_path):

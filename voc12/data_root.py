@@ -1,4 +1,5 @@
 """Finds and names images, and writes a data root of VOC's layout."""
+import collections
 import contextlib
 import filecmp
 import os
@@ -12,9 +13,11 @@ from tqdm import tqdm
 
 from tool.cli import BadInput, check_file, make_dir
 from tool.files import atomic_write
-from voc12.lists import GT_FOLDER, LIST_FOLDER
+from tool.outputs import JOURNAL, SETTINGS
+from voc12.lists import GT_FOLDER, LIST_FOLDER, join_first
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp')      # of images, in any capitals
+# of images, in any capitals
+EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm')
 
 
 def name_images(paths, source):
@@ -29,10 +32,26 @@ def name_images(paths, source):
     return dict(sorted(names.items()))
 
 
-def images_in(folder):
-    """Returns the paths of all images in a folder and its sub-folders. Ignores hidden files."""
-    return [os.path.normpath(os.path.join(inner, name)) for inner, _, names in os.walk(folder) for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith('.')]
+def images_in(folder, leave_out=()):
+    """Returns the paths of all images in a folder and its sub-folders, which may be links, and prints how many other
+    files there are. Leaves out hidden files and folders, sub-folders with results, and the folders `leave_out`."""
+    found, others = [], collections.Counter()
+    seen = set(map(os.path.realpath, leave_out))        # each folder once: a link may lead back to one above it
+    for inner, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(inner) in seen or (inner != folder and {SETTINGS, JOURNAL} <= set(names)):
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(inner))
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        for name in names:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith('.'):
+                found.append(os.path.normpath(os.path.join(inner, name)))
+            elif not name.startswith('.'):
+                others[os.path.splitext(name)[1] or name] += 1
+    if others:
+        print(f'{sum(others.values()):,} other files in {folder} are not read as images: '
+              + join_first([f'{ending} ({count:,})' for ending, count in others.most_common()]))
+    return found
 
 
 def find_images(paths):

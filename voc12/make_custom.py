@@ -322,9 +322,10 @@ def main(args):
     train, val = split_names(labels, args.val_share, args.seed)
 
     write_root(args.out, MARKER, files, labels, class_names, {'train': train, 'val': val}, args.copy)
-    inside = [os.path.realpath(folder) + os.sep for folder in (args.out, args.masks) if folder]     # no photographs
-    unused = sorted({os.path.relpath(path, args.images) for path in images_in(args.images)
-                     if not (os.path.realpath(os.path.dirname(path)) + os.sep).startswith(tuple(inside))} - set(found))
+    used = {os.path.realpath(os.path.join(args.images, path)) for path in found}
+    unused = sorted(os.path.relpath(path, args.images)
+                    for path in images_in(args.images, filter(None, (args.out, args.masks)))
+                    if os.path.realpath(path) not in used)
     if unused:
         print(f'{len(unused)} images of {args.images} (--images) have no line in {args.labels} (--labels) and are not '
               f'used: {join_first(unused)}')
