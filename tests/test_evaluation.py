@@ -292,6 +292,7 @@ def test_sheet_leaves_blank_what_is_missing(data):
 def test_trivial_answers_of_npz_and_of_images_without_class(data):
     np.savez(data / 'cam/c.npz', **{'0': np.ones((3, 5), np.float32)})
     np.save(data / 'cam/a.npy', {})
+    (data / 'cam/._b.npy').write_bytes(b'of macOS')
     out = done(run(data, 'tool/report', 'trivial', '--cam_dir', 'cam', '--out_dir', 'out'))
     assert out.startswith('warning: a ') and '--voc12_root' in out
     assert sorted(os.listdir(data / 'out/labels')) == ['b.png', 'c.png']

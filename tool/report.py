@@ -16,13 +16,15 @@ if not __package__:        # run as a script: Python puts tool/ on the path, not
 from tool import image_files, score_files
 from tool.cli import BadInput, HelpFormatter, check_dir, exit_on_bad_input, make_dir
 from tool.image_lists import get_img_path, read_lines
+from tool.outputs import results_in
 
 
 def write_trivial(args):
     """Writes two label maps for each CAM file: all background, and the first class of the image everywhere, or
     background if it has none."""
     check_dir(args.cam_dir, '--cam_dir')
-    names = sorted({os.path.splitext(file)[0] for file in os.listdir(args.cam_dir) if file.endswith(('.npy', '.npz'))})
+    files = map(os.path.basename, results_in(args.cam_dir, ('.npy', '.npz')))
+    names = sorted({os.path.splitext(file)[0] for file in files})
     if not names:
         raise BadInput(f'no CAM files, NAME.npy or NAME.npz, in {args.cam_dir} (--cam_dir)')
     for kind in ('background', 'labels'):
