@@ -1,5 +1,6 @@
 """voc12/make_custom.py: the forms of a CSV file of image-level labels that it reads, and what it refuses."""
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -189,6 +190,33 @@ def test_folder_in_the_images_may_be_a_link_to_elsewhere(images, capsys):
 @pytest.mark.parametrize('row', ['c.jpg', 'c', '.\\c.JPG'])
 def test_extension_in_other_capitals_is_found(row, images):
     assert 'c' in labels_of(make(images, ['a.jpg,dog', f'{row},cat']))
+
+
+@pytest.mark.parametrize('in_csv, on_disk', ['CD', 'DC'])
+@pytest.mark.parametrize('ending', ['.jpg', '.JPG', ''])
+def test_accents_may_be_composed_or_not_in_the_csv_and_on_disk(in_csv, on_disk, ending, images):
+    (images / 'a.jpg').rename(images / (unicodedata.normalize('NF' + on_disk, 'über') + '.jpg'))
+    write_mask(images.parent / 'masks' / (unicodedata.normalize('NF' + in_csv, 'über') + '.png'), [1])
+    root = make(images, ['b.png,dog', unicodedata.normalize('NF' + in_csv, 'über') + ending + ',cat'],
+                '--masks', images.parent / 'masks')
+    assert labels_of(root)['über'] == ['cat'] and os.path.isfile(root / 'SegmentationClass' / 'über.png')
+
+
+def test_class_with_accents_is_one_class_in_every_form(images):
+    forms = [unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD')]
+    names = images.parent / 'names.txt'
+    names.write_text(f'{forms[1]}\ndog\n')
+    for rows, flags in (([f'a.jpg,{forms[0]}', f'b.png,{forms[1]}', 'c.JPG,dog'], []),
+                        ([f'a.jpg,{forms[0]}', f'b.png,{forms[0]}', 'c.JPG,dog'], ['--class_names', names]),
+                        ([f'image,split,{forms[0]},dog', 'a.jpg,val,1,0', 'b.png,val,1,0', 'c.JPG,val,0,1'],
+                         ['--label_columns', forms[1], 'dog'])):
+        assert labels_of(make(images, rows, *flags)) == {'a': ['café'], 'b': ['café'], 'c': ['dog']}
+
+
+@pytest.mark.parametrize('rows', [['a.jpg,cat', 'b.png,c\u200bat'], ['image,cat,do\xadg', 'a.jpg,1,0', 'b.png,0,1']])
+def test_class_with_an_invisible_character_is_refused(rows, images):
+    with pytest.raises(BadInput, match='--labels.*U.(200B|00AD)'):
+        make(images, rows)
 
 
 def test_stem_of_two_images_is_refused_without_its_extension(images):

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import sys
+import unicodedata
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +26,8 @@ def name_images(paths, source):
     the like. source: flag that named the paths, for the message. Raises BadInput if two images have one NAME."""
     names = {}
     for path in sorted(paths):
-        name = re.sub(r'[^\w-]', '_', os.path.splitext(os.path.basename(path))[0])
+        stem = os.path.splitext(os.path.basename(path))[0]
+        name = re.sub(r'[^\w-]', '_', unicodedata.normalize('NFC', stem))       # NFD has accents as characters
         if name in names:
             raise BadInput(f'{source}: {names[name]} and {path} would both be the image {name}; rename one')
         names[name] = path

@@ -2,6 +2,7 @@
 import collections
 import os
 import re
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -28,14 +29,24 @@ NO_CLASS = re.compile('.*background.*|.*unlabel.*|bg|bkgd?|void|ignored?|ignorer
 OTHER_FORM = re.compile(r'#[\da-fA-F]{6}|\d+([\s,;]+)\d+\1\d+|^#|["\[\]{}]|:$')
 
 
+def clean_class_name(text):
+    """Returns the name of a class with single blanks and in Unicode's form NFC, so that the same letters are equal."""
+    return ' '.join(unicodedata.normalize('NFC', text).split())
+
+
 def check_class_names(names, source):
-    """Raises BadInput unless these can be the foreground classes: 1 to 254 different names, none of which means the
-    background or ignored pixels in any spelling. source: where they come from, for the message."""
+    """Raises BadInput unless these can be the foreground classes: 1 to 254 different names without invisible
+    characters, none of which means the background or ignored pixels in any spelling. source: where they come from, for
+    the message."""
     if not 1 <= len(names) < IGNORE:
         raise BadInput(f'{source} has {len(names)} classes; 1 to {IGNORE - 1} are possible')
     for name in names:
         if names.count(name) > 1:
             raise BadInput(f'{source} names the class {name} twice')
+        hidden = [char for char in name if unicodedata.category(char) == 'Cf']
+        if hidden:
+            raise BadInput(f'{source} has the class {name}, in which the character U+{ord(hidden[0]):04X} is '
+                           'invisible: type the name anew')
         if OTHER_FORM.search(name):
             raise BadInput(f'{source} has {name[:100]!r}, which looks like a colour or a file of another tool; write '
                            'only the names of the foreground classes, one per line, without the background')
@@ -53,7 +64,7 @@ def load_class_names(path):
     """
     if path is None:
         return CAT_LIST
-    names = [' '.join(line.split()) for line in read_lines(path, '--class_names') if line.strip()]
+    names = [clean_class_name(line) for line in read_lines(path, '--class_names') if line.strip()]
     if len(names) == 1 and ',' in names[0]:
         raise BadInput(f'{path} (--class_names) has one line, {names[0][:100]!r}; write one name per line')
     check_class_names(names, f'{path} (--class_names)')
@@ -120,7 +131,7 @@ def label_from_xml(path, class_names, unknown=None):
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:   # the last two: odd encodings
         raise BadInput(f'cannot read the annotation {path} (--voc12_root): {describe(error)}') from error
     for element in objects:
-        name = ' '.join(element.findtext('name', '').split())
+        name = clean_class_name(element.findtext('name', ''))
         if name in class_names:
             label[class_names.index(name)] = 1.
         elif unknown is not None:

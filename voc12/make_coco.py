@@ -34,7 +34,7 @@ from tool.cli import BadInput, HelpFormatter, check_file, check_range, exit_on_b
 from tool.image_files import save_label_map
 from tool.workers import parallel_map
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_lines, write_root
-from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, stems
+from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, clean_class_name, stems
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MARKER = 'COCO.txt'                # tells a folder of ours from others
@@ -167,7 +167,7 @@ def read_json(path, with_masks):
             data = json.load(json_file)
         categories = by_id(data['categories'], 'categories')
         index_of = {number: index for index, number in enumerate(sorted(categories), 1)}
-        names = [' '.join(categories[number]['name'].split()) for number in index_of]
+        names = [clean_class_name(categories[number]['name']) for number in index_of]
         images = {}
         for number, entry in by_id(data['images'], 'images').items():
             h, w = read_size(entry['height']), read_size(entry['width'])

@@ -41,8 +41,8 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 from tool.cli import BadInput, HelpFormatter, check_dir, check_range, exit_on_bad_input
 from tool.image_files import IGNORE
 from voc12.data_root import EXTENSIONS, check_out, images_in, name_images, write_root
-from voc12.lists import (GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, common_classes, join_first,
-                         load_class_names, read_lines)
+from voc12.lists import (GT_FOLDER, IMG_FOLDER, LIST_FOLDER, check_class_names, clean_class_name, common_classes,
+                         join_first, load_class_names, read_lines)
 
 MARKER = 'CUSTOM.txt'              # tells a folder of ours from others
 ENDINGS = EXTENSIONS + tuple(map(str.upper, EXTENSIONS))
@@ -84,13 +84,21 @@ def get_args_parser():
 
 # ----- reading -----
 
+def unicode_forms(path):
+    """Returns a path as it is, and in the forms that a CSV file and file systems may write it: a letter and its accent
+    are one character (NFC) or two (NFD, in ZIP files of a Mac)."""
+    return [path, unicodedata.normalize('NFC', path), unicodedata.normalize('NFD', path)]
+
+
 def find_image(images, field):
     """Returns the path, relative to the folder `images`, of the image that a row names, or None. The row may leave out
-    the extension, or write it in other capitals. Raises BadInput for an image outside the folder, and if several images
-    have the name."""
-    path = os.path.join(images, field.replace('\\', '/'))        # an absolute field stays what it is
-    stem, extension = os.path.splitext(path)
-    for tries in [path], [stem + extension.lower(), stem + extension.upper()], [path + ending for ending in ENDINGS]:
+    the extension, write it in other capitals, or have another Unicode form. Raises BadInput for an image outside the
+    folder, and if several images have the name."""
+    paths = [os.path.join(images, form.replace('\\', '/')) for form in unicode_forms(field)]    # absolute ones stay so
+    split = list(map(os.path.splitext, paths))
+    for tries in (paths[:1], paths, [stem + change(extension) for stem, extension in split
+                                     for change in (str.lower, str.upper)],
+                  [path + ending for path in paths for ending in ENDINGS]):
         # by inode: on file systems that ignore capitals, two of these may be one file
         found = {os.stat(file).st_ino: file for file in filter(os.path.isfile, tries)}
         if len(found) > 1:
@@ -183,7 +191,7 @@ def read_classes(rows, header, wanted, source):
                            f'(--label_columns), of {", ".join(columns)}; or write 1 and 0 below the names of classes; '
                            'or delete the header if all columns hold classes')
         names = [re.split('[;|]', '|'.join(found)) for found in values]
-        return [{' '.join(name.split()) for name in of_row} - {''} for of_row in names], []     # as load_class_names
+        return [set(map(clean_class_name, of_row)) - {''} for of_row in names], []      # as load_class_names
     if not columns or '' in columns or len(set(columns)) < len(columns):
         raise BadInput(f'{source} has only values such as "{texts[0]}", so its first line must be a header that names '
                        'one class for every column, each once')
@@ -239,7 +247,7 @@ def read_labels(args):
     first, *below = [fields[0].lower().endswith(EXTENSIONS) for _, fields in rows]
     if not first and (below and all(below) or find_image(args.images, rows[0][1][0]) is None):
         print(f'{args.labels}: the first line is a header, because "{rows[0][1][0]}" is not the file name of an image')
-        header = [' '.join(field.split()) for field in rows.pop(0)[1]]
+        header = list(map(clean_class_name, rows.pop(0)[1]))
         while header and not header[-1]:
             header.pop()
     if not rows:
@@ -249,7 +257,7 @@ def read_labels(args):
     if missing:
         raise BadInput(f'{len(missing)} rows name images that are not in {args.images} (--images), the first is '
                        f'{missing[0]}; the first column holds the images')
-    classes, columns = read_classes(rows, header, args.label_columns or [], source)
+    classes, columns = read_classes(rows, header, list(map(clean_class_name, args.label_columns or [])), source)
     if not any(classes):
         raise BadInput(f'{source}: no image shows a class')
     if not columns and not args.class_names:
@@ -279,7 +287,8 @@ def find_masks(args, names):
     Raises BadInput if no image has one, and for a mask that is the image itself."""
     masks = {}
     for name, path in names.items():
-        stems = [os.path.join(args.masks, os.path.splitext(inner)[0]) for inner in (path, os.path.basename(path))]
+        stems = [os.path.join(args.masks, os.path.splitext(inner)[0])
+                 for form in unicode_forms(path) for inner in (form, os.path.basename(form))]
         mask = next(filter(os.path.isfile, (stem + end for stem in stems for end in ('.png', '.PNG'))), None)
         if mask and filecmp.cmp(mask, os.path.join(args.images, path), shallow=False):
             raise BadInput(f'{mask} (--masks) is the image {path} itself, not its mask')

@@ -7,7 +7,7 @@ from tool.cli import BadInput
 from tool.image_lists import read_lines
 from tool.metrics import best_tag_threshold
 from tool.text_files import write_csv
-from voc12.lists import join_first
+from voc12.lists import clean_class_name, join_first
 
 
 def parse_threshold(text, what):
@@ -27,7 +27,7 @@ def load_tag_thresholds(text, class_names):
     if not os.path.isfile(text):
         return parse_threshold(text, f'--tag_threshold {text} is not a file, and')
     rows = [line.rpartition(',') for line in read_lines(text, '--tag_threshold') if line.strip()]
-    names = [' '.join(name.split()) for name, _, _ in rows]
+    names = [clean_class_name(name) for name, _, _ in rows]
     wrong = {name for name in names if names.count(name) > 1} | set(names) ^ set(class_names)
     if wrong:
         raise BadInput(f'{text} (--tag_threshold) needs one line CLASS,THRESHOLD for each class of --class_names; '
