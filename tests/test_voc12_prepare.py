@@ -449,6 +449,18 @@ def test_class_list_on_one_line_is_refused(tmp_path):
         load_class_names(str(write(tmp_path / 'names.txt', 'cat, dog\n')))
 
 
+@pytest.mark.parametrize('text', ['0 cat\n1 dog\n', '1: dog\n2: cat\n3: cow\n', '2,bird\n1,cat\n'])
+def test_label_map_of_another_tool_is_no_list_of_names(tmp_path, text):
+    with pytest.raises(BadInput, match='names.txt.*--class_names'):
+        load_class_names(str(write(tmp_path / 'names.txt', text)))
+
+
+@pytest.mark.parametrize('names', [['1 euro', '2 euro'], ['10 cent', '20 euro'], ['3d printer', '4x4'],
+                                   ['7 up', 'cola'], ['7 up']])
+def test_names_may_begin_with_numbers(tmp_path, names):
+    assert load_class_names(str(write(tmp_path / 'names.txt', '\n'.join(names)))) == names
+
+
 def test_class_names_that_only_resemble_a_background_are_read(tmp_path):
     names = ['bag', 'avoided', 'boeing 737', 'route 66', 'ground']
     assert load_class_names(str(write(tmp_path / 'names.txt', '\n'.join(names)))) == names

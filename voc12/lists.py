@@ -36,8 +36,8 @@ def clean_class_name(text):
 
 def check_class_names(names, source):
     """Raises BadInput unless these can be the foreground classes: 1 to 254 different names without invisible
-    characters, none of which means the background or ignored pixels in any spelling. source: where they come from, for
-    the message."""
+    characters, none of which means the background or ignored pixels in any spelling, and not all with a number before
+    them. source: where they come from, for the message."""
     if not 1 <= len(names) < IGNORE:
         raise BadInput(f'{source} has {len(names)} classes; 1 to {IGNORE - 1} are possible')
     for name in names:
@@ -53,6 +53,12 @@ def check_class_names(names, source):
         if NO_CLASS.fullmatch(''.join(filter(str.isalpha, name.casefold()))):
             raise BadInput(f'{source} has the class {name}: delete it and list only foreground classes, because 0 is '
                            f'always the background and {IGNORE} the ignored pixels')
+    # label maps of other tools: 0 cat, 1: dog
+    numbered = [re.fullmatch(r'(\d+)[\W_]+(.*)', name) for name in names]
+    if len(names) > 1 and all(numbered) and len({match[2] for match in numbered}) == len(names):
+        numbers = sorted(int(match[1]) for match in numbered)
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            raise BadInput(f'{source} has a number before every class, such as {names[0]!r}: delete the numbers')
 
 
 def load_class_names(path):
