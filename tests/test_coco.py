@@ -131,6 +131,10 @@ def mask_of(out, name):
     return read_label_map(str(out / 'SegmentationClass' / f'{name}.png'), '--out')
 
 
+def masks_in(out):
+    return {path.name: path.read_bytes() for path in (out / 'SegmentationClass').glob('*.png')}
+
+
 def tree(folder):
     """Returns a dict of every path below a folder -> content of the file."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
@@ -222,7 +226,7 @@ def test_masks_have_the_exact_pixels(coco):
                 'val_2': 1 * (box_mask(0, 0, 3, 3) | box_mask(9, 9, 3, 3))}
     for name, mask in expected.items():
         np.testing.assert_array_equal(mask_of(out, name), mask.astype(np.uint8), strict=True)
-    assert sorted(os.listdir(out / 'SegmentationClass')) == [name + '.png' for name in expected]
+    assert sorted(masks_in(out)) == [name + '.png' for name in expected]
 
 
 def test_masks_are_palette_pngs_in_the_colours_of_voc(coco):
@@ -284,13 +288,28 @@ def test_known_compressed_string():
 def test_finished_masks_are_kept_with_resume_alone(coco):
     out = run(coco)
     kept, lost = out / 'SegmentationClass' / 'train_1.png', out / 'SegmentationClass' / 'val_1.png'
-    before = tree(out / 'SegmentationClass')
-    Image.fromarray(np.ones((H, W), np.uint8)).save(kept)
+    before = masks_in(out)
+    os.utime(kept, (1, 1))
     lost.unlink()
     run(coco, '--resume')
-    assert (mask_of(out, 'train_1') == 1).all() and lost.read_bytes() == before[str(lost)]
+    assert kept.stat().st_mtime == 1 and masks_in(out) == before
     run(coco)
-    assert tree(out / 'SegmentationClass') == before
+    assert kept.stat().st_mtime > 1 and masks_in(out) == before
+
+
+def test_masks_of_other_annotations_are_not_resumed(coco):
+    out = run(coco)
+    first, of_first = tree(out), masks_in(out)
+    for name, images, start in (('train', TRAIN, 5), ('val', VAL, 1005)):
+        data = instances(images, start)
+        data['categories'] = CATEGORIES + [{'id': 2, 'name': 'bicycle'}]         # the class numbers shift
+        write_json(coco, name, data)
+    with pytest.raises(BadInput, match='SegmentationClass.*--out.*--resume'):
+        run(coco, '--resume')
+    assert tree(out) == first
+    run(coco)
+    assert masks_in(out) != of_first
+    run(coco, '--resume')
 
 
 # ---------------------------------------------------------------- files of other tools
@@ -358,9 +377,9 @@ def test_absolute_file_name_in_the_image_folder_and_sizes_as_text_are_read(coco)
 
 def test_crowd_as_text_is_a_number(coco):
     rewrite(coco, lambda data: [entry.update(iscrowd='0') for entry in data['annotations']])
-    before = tree(run(coco) / 'SegmentationClass')
+    before = masks_in(run(coco))
     rewrite(coco, lambda data: [entry.update(iscrowd=0) for entry in data['annotations']])
-    assert tree(run(coco) / 'SegmentationClass') == before
+    assert masks_in(run(coco)) == before
 
 
 @pytest.mark.parametrize('flags', [[], ['--negatives']])
@@ -486,7 +505,6 @@ def test_command_with_worker_processes_gives_the_same_masks(tmp_path):
                          '--names', 'names.txt')
     assert process.returncode == 0, process.stderr
     run(coco)
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / folder / 'SegmentationClass').iterdir()}
-                for folder in ('COCO', 'by_two'))
+    one, two = (masks_in(tmp_path / folder) for folder in ('COCO', 'by_two'))
     assert one == two and len(one) == 112
     assert (tmp_path / 'names.txt').read_text() == 'person\ntraffic light\ndog\n'

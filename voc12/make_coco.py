@@ -31,10 +31,12 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tool.cli import BadInput, HelpFormatter, check_file, check_range, exit_on_bad_input, make_dir
+from tool.files import file_digest
 from tool.image_files import save_label_map
+from tool.outputs import ResultFolder, open_folders
 from tool.workers import parallel_map
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_lines, write_root
-from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, clean_class_name, stems
+from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, clean_class_name
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MARKER = 'COCO.txt'                # tells a folder of ours from others
@@ -126,9 +128,10 @@ def paint_objects(h, w, objects):
 
 
 def write_mask(picture, folder):
-    """Writes folder/NAME.png. picture: (NAME, h, w, objects)."""
+    """Writes NAME.png into a ResultFolder. picture: (NAME, h, w, objects)."""
     name, h, w, objects = picture
-    save_label_map(os.path.join(folder, name + '.png'), paint_objects(h, w, objects))
+    with folder.writing(name) as path:
+        save_label_map(path, paint_objects(h, w, objects))
 
 
 # ----- annotations -----
@@ -214,12 +217,16 @@ def read_split(path, folder, with_masks, negatives):
     return class_names, {name: by_file[file] for name, file in names.items()}
 
 
+def instances_file(args, split):
+    return os.path.join(args.coco_root, 'annotations', f'instances_{split}{args.year}.json')
+
+
 def read_splits(args):
     """Returns (class names, dict 'train' or 'val' -> images as in `read_split`; none if val has no instances file).
     Raises BadInput if the two do not fit."""
     class_names, splits = {}, {'train': {}, 'val': {}}
     for split in splits:
-        path = os.path.join(args.coco_root, 'annotations', f'instances_{split}{args.year}.json')
+        path = instances_file(args, split)
         if split == 'val' and not os.path.exists(path):
             print(f'no val.txt: there is no {path}')
             continue
@@ -246,17 +253,18 @@ def main(args):
 
     make_dir(os.path.dirname(os.path.abspath(args.names)), '--names')
     files = {os.path.join(IMG_FOLDER, name + '.jpg'): picture[0] for name, picture in pictures.items()}
+    if args.masks:          # before anything is replaced: with --resume, this refuses masks of other annotations
+        digests = {split: file_digest(instances_file(args, split)) for split, images in splits.items() if images}
+        folder = ResultFolder(os.path.join(args.out, GT_FOLDER), '--out', '.png', {'annotations': digests})
+        todo = open_folders([folder], list(pictures), args.resume)
     write_root(args.out, MARKER, files, labels, class_names, splits)
     write_lines(args.names, class_names)
     print(f'{len(labels)} images of {len(class_names)} classes in {args.out}, class names in {args.names}')
     if args.masks:
-        folder = os.path.join(args.out, GT_FOLDER)
-        make_dir(folder, '--out')
-        done = stems(folder, '.png', '--out') if args.resume else set()
-        todo = [(name, *picture[1:]) for name, picture in pictures.items() if name not in done]
-        for _ in parallel_map(functools.partial(write_mask, folder=folder), todo, args.num_workers, 'masks'):
+        work = ((name, *pictures[name][1:]) for name in todo)
+        for _ in parallel_map(functools.partial(write_mask, folder=folder), work, args.num_workers, 'masks'):
             pass
-        print(f'{len(todo)} masks written to {folder}, {len(pictures) - len(todo)} already there')
+        print(f'{len(todo)} masks written to {folder.path}, {len(pictures) - len(todo)} already there')
 
 
 if __name__ == '__main__':
