@@ -312,6 +312,14 @@ def test_masks_of_other_annotations_are_not_resumed(coco):
     run(coco, '--resume')
 
 
+def test_another_list_of_names_is_not_replaced_silently(coco, capsys):
+    (coco.parent / 'names.txt').write_text('cat\n')
+    for warnings in (1, 0):
+        run(coco)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning')]
+        assert len(lines) == warnings and all('names.txt (--names)' in line for line in lines)
+
+
 # ---------------------------------------------------------------- files of other tools
 
 def change(section, key, value, index=0):

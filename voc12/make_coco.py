@@ -36,7 +36,7 @@ from tool.image_files import save_label_map
 from tool.outputs import ResultFolder, open_folders
 from tool.workers import parallel_map
 from voc12.data_root import EXTENSIONS, check_out, name_images, write_lines, write_root
-from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, clean_class_name
+from voc12.lists import GT_FOLDER, IMG_FOLDER, check_class_names, clean_class_name, read_lines
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MARKER = 'COCO.txt'                # tells a folder of ours from others
@@ -252,6 +252,9 @@ def main(args):
               for name, (*_, objects) in pictures.items()}
 
     make_dir(os.path.dirname(os.path.abspath(args.names)), '--names')
+    if os.path.isfile(args.names) and read_lines(args.names, '--names') != class_names:
+        print(f'warning: {args.names} (--names) has the class names of another data set, which this run replaces; '
+              'those of each data set are in its own class_names.txt')
     files = {os.path.join(IMG_FOLDER, name + '.jpg'): picture[0] for name, picture in pictures.items()}
     if args.masks:          # before anything is replaced: with --resume, this refuses masks of other annotations
         digests = {split: file_digest(instances_file(args, split)) for split, images in splits.items() if images}
