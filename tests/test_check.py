@@ -9,7 +9,7 @@ from PIL import Image, ImagePalette
 
 from conftest import ROOT
 from tool.cli import BadInput
-from tool.image_files import save_label_map
+from tool.image_files import save_label_map, voc_palette
 from voc12 import check, masks
 from voc12.canonical import CANONICAL, describe_list, labels_digest, names_digest
 from voc12.lists import CAT_LIST
@@ -108,6 +108,13 @@ def other_palette(root):
     img = Image.fromarray(make_mask([0]))
     img.putpalette([7] * 768)
     img.save(png(root))
+
+
+def adapt_palette(path):
+    """Saves a mask as programs do that choose a palette by the colours of each picture."""
+    with Image.open(path) as img:
+        colours = img.convert('RGB')
+    colours.convert('P', palette=Image.Palette.ADAPTIVE, colors=8).save(path)
 
 
 def no_borders(root, folder='SegmentationClass', save=save_label_map):
@@ -297,6 +304,29 @@ def test_grey_masks_without_border_are_fine_in_other_data_sets(devkit, capsys):
         write_xml(devkit, name, classes, OWN_CLASSES)
     expect(capsys, devkit, 'ok', 'the list: 6 images', '--class_names',
            write_lines(devkit / 'names.txt', OWN_CLASSES))
+
+
+@pytest.mark.parametrize('class_names', [CAT_LIST, OWN_CLASSES])
+def test_vocs_colours_at_other_indices_are_a_problem_with_any_classes(class_names, devkit, capsys):
+    adapt_palette(png(devkit))
+    names = write_lines(devkit / 'names.txt', class_names)
+    run(devkit, '--class_names', names)
+    out = capsys.readouterr().out
+    line, = [line for line in out.splitlines() if "VOC's colours at other indices" in line]
+    assert line.startswith('PROBLEM') and f'1: {FIRST} (' in line and 'has the colour of 255' in line
+    folder = str(devkit / 'SegmentationClass')
+    warnings = masks.ground_truth_warnings(folder, NAMES, class_names)
+    assert "VOC's colours at other indices" in warnings[0]
+    assert warnings[0].startswith(f'1 of 6 masks looked at in {folder} (--gt_dir)')
+    assert f'{FORM}none' in out and len(warnings) == (2 if class_names == CAT_LIST else 1)
+
+
+def test_other_palettes_are_no_moved_colours(devkit):
+    for palette in ([7] * 768, [0] * 768, [value // 3 for value in range(768)], voc_palette()[:22].ravel().tolist()):
+        img = Image.fromarray(make_mask([0, 14]))
+        img.putpalette(palette)
+        img.save(png(devkit))
+        assert masks.moved_colours(str(png(devkit)), make_mask([0, 14]), 20) == {}
 
 
 @pytest.mark.parametrize('flags', [[], ['--gt_dir']])

@@ -23,7 +23,7 @@ from tool.workers import parallel_map
 from voc12.canonical import compare_labels, describe_list, find_canonical
 from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, absent_classes, common_classes,
                          describe_unknown, join_first, get_img_path, load_class_names, load_img_name_list, read_labels)
-from voc12.masks import NOT_OFFICIAL, mask_form, wrong_values
+from voc12.masks import MOVED, NOT_OFFICIAL, mask_form, moved_colours, wrong_values
 
 OK, NOTE, PROBLEM = 'ok', 'note', 'PROBLEM'
 ORIENTATION = 0x0112               # tag of EXIF: 1 is upright, 2 to 8 are mirrored or turned
@@ -82,9 +82,12 @@ def look_at(name, voc12_root, gt_dir, num_classes):
     try:
         labels = read_label_map(mask_path, '--gt_dir')                  # uint8 (H, W)
         mode, official = mask_form(mask_path)
+        moved = {} if official else moved_colours(mask_path, labels, num_classes)
     except BadInput as error:
         return {**found, 'damaged mask': describe(error.__cause__)}, None
-    if not official:
+    if moved:
+        found['moved colours'] = ', '.join(f'{index} has the colour of {value}' for index, value in moved.items())
+    elif not official:
         found['mask form'] = f'mode {mode}'
     if size and labels.shape != size[::-1]:
         found['size'] = f'mask {labels.shape[1]}x{labels.shape[0]}, image {size[0]}x{size[1]}'
@@ -143,6 +146,9 @@ def mask_lines(results, gt_dir, needed, class_names):
     lines += [judge(PROBLEM, 'masks of another size than their image (width x height)', pick(results, 'size')),
               values_line(results, len(class_names)),
               judge(level, "masks that are not indexed images in VOC's colours", pick(results, 'mask form'), hint)]
+    moved = pick(results, 'moved colours')
+    if moved:
+        lines.append(judge(PROBLEM, "masks with VOC's colours at other indices", moved, MOVED))
     bare = pick(results, 'no 255')
     if len(bare) == readable:
         lines.append((level, f'no mask has a pixel of {IGNORE}, the border of VOC: {hint}'))
