@@ -104,6 +104,7 @@ def test_resume_with_other_labels_is_refused_before_anything_is_written(commands
     (photos / 'out/seam_last.pth').write_bytes(b'of the earlier labels')
     commands()
     assert open('out/data/class_names.txt').read() != before and not os.path.exists('out/seam_last.pth')
+    assert os.path.exists('out/earlier/seam_last.pth')      # a --resume of the new run does not take it for its own
 
 
 def test_one_class_has_the_exponents_of_its_own_threshold(commands, photos):

@@ -244,6 +244,17 @@ def describe_results(args, classes, stages, minutes, notes):
     return '\n'.join(lines)
 
 
+def set_aside_results(out):
+    """Moves the results of an earlier run, which a later --resume would take for its own, to the folder `earlier`."""
+    results = [path for pattern in ('cam', 'crf_*', 'labels*', '*_last.pth')
+               for path in glob.glob(f'{glob.escape(out)}/{pattern}') if not path.endswith('.csv')]
+    if results:
+        shutil.rmtree(f'{out}/earlier', ignore_errors=True)
+        make_dir(f'{out}/earlier', '--out')
+    for path in results:
+        os.replace(path, f'{out}/earlier/{os.path.basename(path)}')
+
+
 def main(args):
     check_range(args, 0.1, 0.9, 't')
     check_dir(args.images, '--images')
@@ -263,8 +274,8 @@ def main(args):
     run(check, 'mend what its lines with PROBLEM name, and run the same command again')
     with open(args.labels, 'rb') as file, atomic_write(kept) as copy:
         shutil.copyfileobj(file, copy)
-    for checkpoint in () if args.resume else glob.glob(f'{glob.escape(args.out)}/*_last.pth'):
-        os.remove(checkpoint)               # of an earlier run, which a later --resume would continue
+    if not args.resume:
+        set_aside_results(args.out)
 
     # the sheets leave out photographs without a class: their CAM is empty, and all their pixels are background
     labels = load_dict(f'{root}/cls_labels.npy', '--cls_labels')

@@ -147,8 +147,8 @@ def mask_lines(results, gt_dir, needed, class_names):
               values_line(results, len(class_names)),
               judge(level, "masks that are not indexed images in VOC's colours", pick(results, 'mask form'), hint)]
     moved = pick(results, 'moved colours')
-    if moved:
-        lines.append(judge(PROBLEM, "masks with VOC's colours at other indices", moved, MOVED))
+    if moved:       # a palette of the user's own may have some of these colours too
+        lines.append(judge(level, "masks with VOC's colours at other indices", moved, 'perhaps ' + MOVED))
     bare = pick(results, 'no 255')
     if len(bare) == readable:
         lines.append((level, f'no mask has a pixel of {IGNORE}, the border of VOC: {hint}'))

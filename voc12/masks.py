@@ -74,7 +74,7 @@ def ground_truth_warnings(gt_dir, names, class_names):
     warnings = []
     if moved:
         warnings.append(f"{moved} of {looked_at} masks looked at in {gt_dir} (--gt_dir) have VOC's colours at other "
-                        f'indices: {MOVED}')
+                        f'indices: perhaps {MOVED}')
     if odd and list(class_names) == CAT_LIST:
         warnings.append(f"{odd} of {looked_at} masks looked at in {gt_dir} (--gt_dir) are not indexed images in VOC's "
                         f'colours: {NOT_OFFICIAL}')
