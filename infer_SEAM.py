@@ -14,8 +14,7 @@ from network.grad_cam import grad_cam
 from network.seam import class_scores
 from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
-from tool.cli import (BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, import_network,
-                      make_dir)
+from tool.cli import BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, import_network
 from tool.devices import autocast, get_device, get_rank
 from tool.files import atomic_write, file_digest
 from tool.on_error import Errors, no_more_than_a_warning
@@ -300,9 +299,8 @@ def main(args):
                    for alpha in (args.crf_alpha if args.out_crf else [])]
     folders = [folder for folder in (tag_folder, cam_folder, label_folder, *crf_folders) if folder]
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
-    todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume, [args.cam_dir])
-    if args.vis_dir:
-        make_dir(args.vis_dir, '--vis_dir')
+    todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume,
+                        [args.cam_dir, *dataset.input_folders()], args.vis_dir)
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
     drawn_scores = scores_of_pictures(args.crf_alpha if args.out_crf else [], bool(args.out_cam_pred),
                                       args.out_cam_pred_alpha)

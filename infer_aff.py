@@ -15,7 +15,7 @@ from network.weights import load_trained
 from tool import crf, image_files, imutils, score_files, visualization
 from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
 from tool.cli import (BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, import_network,
-                      make_dir, str2bool)
+                      str2bool)
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
 from tool.on_error import Errors, no_more_than_a_warning
@@ -222,9 +222,8 @@ def main(args):
     score_folder = ResultFolder(args.out_prob, '--out_prob', '.npy', settings) if args.out_prob else None
     folders = [folder for folder in (label_folder, score_folder) if folder]
     rank, ranks = get_rank()        # each rank has its share of the whole list, whatever is finished of it
-    todo = open_folders(folders, names[rank::ranks], args.resume, [args.cam_dir, *(args.ignore_crf or ())])
-    if args.vis_dir:
-        make_dir(args.vis_dir, '--vis_dir')
+    todo = open_folders(folders, names[rank::ranks], args.resume,
+                        [args.cam_dir, *(args.ignore_crf or ()), *dataset.input_folders()], args.vis_dir)
     errors = Errors(args.on_error, MEMORY_HELP, folders)
     space = SpaceCheck(folders, todo)
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from network.weights import load_trained
 from tool import imutils, visualization
-from tool.cli import (BadInput, HelpFormatter, check_file, check_range, exit_on_bad_input, import_network, make_dir,
-                      str2bool)
+from tool.cli import BadInput, HelpFormatter, check_file, check_range, exit_on_bad_input, import_network, str2bool
 from tool.crf import SEGMENTATION_CRF, choose_crf_backend, choose_crf_workers, crf_inference, describe_crf
 from tool.devices import autocast, get_device, get_rank
 from tool.files import file_digest
@@ -175,9 +174,7 @@ def main(args):
     prob_folder = ResultFolder(args.out_prob, '--out_prob', '.npy', settings) if args.out_prob else None
     folders = [folder for folder in (label_folder, prob_folder) if folder]
     rank, ranks = get_rank()
-    todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume)
-    if args.vis_dir:
-        make_dir(args.vis_dir, '--vis_dir')
+    todo = open_folders(folders, dataset.img_name_list[rank::ranks], args.resume, dataset.input_folders(), args.vis_dir)
     pictured = set(dataset.img_name_list[:args.vis_count]) if args.vis_dir else ()
     errors = Errors(args.on_error, MEMORY_HELP, folders)
     space = SpaceCheck(folders, todo)

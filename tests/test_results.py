@@ -9,9 +9,12 @@ import sys
 import time
 
 import pytest
+import torch
+from PIL import Image
 
+import tiny_deeplab
 from conftest import ROOT
-from helpers import AFF, LIST, SEAM, done, names_of, refused
+from helpers import AFF, LIST, SEAM, done, names_of, refused, run
 from inference_runs import cams, contents, data, walk
 from jobs import write
 from tool import outputs, workers
@@ -223,6 +226,33 @@ def test_one_folder_for_two_outputs_is_refused(data, tmp_path):
     refused(cams(data, '--out_cam', tmp_path / 'x', '--out_cam_pred', f'{tmp_path}/./x/'), '--out_cam')
     refused(walk(data, '--out_rw', f'{data}/cam'), '--out_rw')
     assert not (tmp_path / 'x').exists()
+
+
+def segments(root, *more):
+    torch.save(tiny_deeplab.Net().state_dict(), root / 'seg.pth')
+    return run(root, 'infer_seg', '--network', 'tiny_deeplab', '--weights', 'seg.pth', '--num_workers', 0, *more)
+
+
+def test_results_in_the_folder_of_the_inputs_are_refused(data, tmp_path):
+    """Label maps, pictures and tables could replace photographs, ground truth and a list of tags of the same names."""
+    photos, truth, linked = tmp_path / 'photos', 'VOC2012/SegmentationClass', tmp_path / 'linked'
+    photos.mkdir()
+    linked.mkdir()
+    Image.new('RGB', (48, 48)).save(photos / 'a.png')
+    (linked / 'a.png').symlink_to(photos / 'a.png')
+    before, before_truth = contents(photos), contents(data / truth)
+    for flags in (('--images', photos), ('--images', photos / 'a.png'), ('--images', linked)):
+        refused(segments(data, *flags, '--out_seg', photos), '--out_seg', photos)
+    refused(segments(data, '--images', photos, '--out_seg', tmp_path / 'seg', '--vis_dir', photos), '--vis_dir', photos)
+    refused(segments(data, '--infer_list', LIST, '--out_seg', truth), '--out_seg', truth)
+    refused(walk(data, '--out_rw', truth), '--out_rw', truth)
+    refused(walk(data, '--out_rw', tmp_path / 'rw', '--vis_dir', 'VOC2012/JPEGImages/'), '--vis_dir')
+    predicted = '--images', photos, '--tag_threshold', .5, '--out_tags'
+    tags = 'infer_SEAM', '--network', SEAM, '--weights', 'seam.pth', '--num_workers', 0, *predicted
+    refused(run(data, *tags, photos), '--out_tags', photos)
+    refused(run(data, *tags, tmp_path / 'tags', '--vis_dir', photos), '--vis_dir', photos)
+    assert contents(photos) == before and contents(data / truth) == before_truth
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['linked', 'photos']
 
 
 @pytest.mark.parametrize('script', ['infer_SEAM', 'infer_aff'])

@@ -126,13 +126,19 @@ class ResultFolder:
                 for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
 
 
-def open_folders(folders, names, resume, inputs=()):
-    """Opens ResultFolders for a run over `names`. Returns the names that lack a finished file in one of them.
-    Raises BadInput, also if two of them, or one and a folder of `inputs`, are the same, since it has one journal."""
-    paths = [os.path.realpath(path) for path in (*(folder.path for folder in folders), *filter(None, inputs))]
-    for folder in folders:
-        if paths.count(os.path.realpath(folder.path)) > 1:
-            raise BadInput(f'{folder.path} ({folder.flag}) is also the folder of other files of this run: name another')
+def open_folders(folders, names, resume, inputs=(), vis_dir=None):
+    """Opens ResultFolders for a run over `names`, and creates `vis_dir`, the folder of pictures, unless it is None.
+    Returns the names that lack a finished file in one of the ResultFolders. inputs: folders whose files the run must
+    not overwrite; None is ignored. Raises BadInput, also if a folder is among `inputs` or is that of two outputs."""
+    taken = {os.path.realpath(path) for path in inputs if path}
+    pictures = [(vis_dir, '--vis_dir')] if vis_dir else []
+    for path, flag in [*pictures, *((folder.path, folder.flag) for folder in folders)]:
+        if os.path.realpath(path) in taken:
+            raise BadInput(f'{path} ({flag}) is also the folder of other files of this run: name another')
+        if flag != '--vis_dir':             # pictures may lie beside results, whose files have other extensions
+            taken.add(os.path.realpath(path))
+    for path, flag in pictures:
+        make_dir(path, flag)
     for folder in folders:
         folder.open(names, resume)
     finished = set.intersection(*(folder.finished() for folder in folders))

@@ -10,7 +10,8 @@ from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
 from tool.cli import BadInput, check_file
 from tool.image_files import IGNORE
 from voc12.data_root import find_images
-from voc12.lists import CAT_LIST, IMG_FOLDER, check_images, get_img_path, load_img_name_list, load_labels
+from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, check_images, get_img_path,
+                         load_img_name_list, load_labels)
 from voc12.masks import wrong_values
 
 
@@ -20,7 +21,7 @@ class VOC12ImageDataset(Dataset):
     folder: a folder that contains all images."""
 
     def __init__(self, img_name_list_path, voc12_root, transform=None, images=None):
-        self.transform = transform
+        self.transform, self.voc12_root = transform, voc12_root
         if images:
             self.flag, (self.paths, self.folder) = '--images', find_images(images)
             self.img_name_list = list(self.paths)
@@ -29,6 +30,12 @@ class VOC12ImageDataset(Dataset):
         self.img_name_list = load_img_name_list(img_name_list_path)
         check_images(self.img_name_list, img_name_list_path, voc12_root)
         self.paths = {name: get_img_path(name, voc12_root) for name in self.img_name_list}
+
+    def input_folders(self):
+        """Returns the folders of the images, also of those that are links, and of the data root's ground truth."""
+        images = {os.path.dirname(find(path)) for find in (os.path.abspath, os.path.realpath)
+                  for path in self.paths.values()}
+        return [self.folder, *images, *(os.path.join(self.voc12_root, name) for name in (GT_FOLDER, AUG_GT_FOLDER))]
 
     def __len__(self):
         return len(self.img_name_list)
