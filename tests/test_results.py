@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -37,18 +38,30 @@ def test_finished_files_are_left_alone_with_resume_and_made_anew_without(data, t
         assert contents(tmp_path / folder) == contents(data / folder)
 
 
-def test_what_is_missing_or_cut_is_made_again_to_the_bit(data, tmp_path):
+def test_what_is_missing_or_empty_is_made_again_to_the_bit(data, tmp_path):
     names = names_of(data)
     before = {folder: contents(data / folder) for folder in ('cam', 'crf_4.0', 'pred', 'rw')}
     (data / 'cam' / f'{names[0]}.npy').unlink()
-    crf = data / 'crf_4.0' / f'{names[1]}.npy'
-    crf.write_bytes(crf.read_bytes()[:-1000])
+    (data / 'crf_4.0' / f'{names[1]}.npy').unlink()
     (data / 'pred' / f'{names[2]}.png').write_bytes(b'')
-    (data / 'rw' / f'{names[3]}.png').write_bytes((data / 'rw' / f'{names[3]}.png').read_bytes()[:-6])
+    (data / 'rw' / f'{names[3]}.png').write_bytes(b'')
     out = done(cams(data, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred', '--resume'))
     assert f'{len(names) - 3} of {len(names)} images are finished' in out
     assert f'{len(names) - 1} of {len(names)} images are finished' in done(walk(data, '--resume'))
     assert before == {folder: contents(data / folder) for folder in before}
+
+
+def test_resume_keeps_a_label_map_that_was_corrected_by_hand(data, tmp_path):
+    shutil.copytree(data / 'rw', tmp_path / 'rw')
+    corrected, missing = (tmp_path / 'rw' / f'{name}.png' for name in names_of(data)[:2])
+    Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64) % 21).save(corrected)
+    missing.unlink()
+    before = contents(tmp_path / 'rw')
+    refused(walk(data, '--out_rw', tmp_path / 'rw', '--resume'), corrected, '--out_rw', '--resume')
+    assert contents(tmp_path / 'rw') == before
+    corrected.rename(tmp_path / 'mine.png')
+    done(walk(data, '--out_rw', tmp_path / 'rw', '--resume'))
+    assert contents(tmp_path / 'rw') == contents(data / 'rw')
 
 
 def test_resume_in_a_folder_of_other_settings_is_refused_and_named(data):
@@ -177,10 +190,10 @@ def test_a_run_anew_with_the_same_settings_forgets_its_images_and_no_others(tmp_
 
 
 def test_file_without_its_line_in_the_journal_is_made_again(tmp_path):
-    """The run was killed between writing the file and its line; or the file is missing or was cut in a copy."""
+    """The run was killed between writing the file and its line; or the file is missing, or empty after a crash."""
     write(open_folder(tmp_path)[0], 'ab')
     (tmp_path / 'c.npy').write_bytes(b'whole.')
-    (tmp_path / 'b.npy').write_bytes(b'who')
+    (tmp_path / 'b.npy').write_bytes(b'')
     assert todo(tmp_path) == 'bc'
     (tmp_path / 'a.npy').unlink()
     assert todo(tmp_path) == 'abc'
@@ -193,9 +206,18 @@ def test_torn_last_line_of_the_journal_counts_for_nothing(tmp_path, cut):
     journal = tmp_path / outputs.JOURNAL
     journal.write_bytes(journal.read_bytes()[:-cut])
     folder, names = open_folder(tmp_path, names=['n', 'n1', 'n12'], resume=True)
-    assert names == (['n1'] if cut == 1 else ['n', 'n1', 'n12'] if cut > 7 else ['n1', 'n12'])
+    assert names == (['n1', 'n12'] if cut < 7 else ['n', 'n1', 'n12'])
     write(folder, names)
     assert open_folder(tmp_path, names=['n', 'n1', 'n12'], resume=True)[1] == []
+
+
+def test_incomplete_size_in_the_journal_is_no_sign_of_a_changed_file(tmp_path):
+    folder, _ = open_folder(tmp_path)
+    with folder.writing('a') as path, open(path, 'wb') as file:
+        file.write(b'whole.' * 2)
+    journal = tmp_path / outputs.JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-2])              # 1 in place of 12 bytes
+    assert todo(tmp_path) == todo(tmp_path) == 'abc'            # the second time, later lines follow it
 
 
 def test_journal_survives_a_copy_without_dates(tmp_path):

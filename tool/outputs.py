@@ -31,6 +31,18 @@ def results_in(folder, extensions=EXTENSIONS):
             if name.endswith(extensions) and not name.startswith('.')]
 
 
+def read_journal(folder):
+    """Returns a dict name -> size in bytes that the last line of a folder's journal says, None for a file that a run was
+    to make anew. It is empty without a journal. An incomplete last line does not count."""
+    path, sizes = os.path.join(folder, JOURNAL), {}
+    if os.path.isfile(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for line in file.read().split('\n')[:-1]:
+                name, _, size = line.rpartition('\t')
+                sizes[name] = int(size) if size.isdecimal() else None
+    return sizes
+
+
 def describe_folder(folder, flag):
     """Returns a dict that identifies the files in an input folder, for the settings of the results made from them: the
     folder's own settings, each under `flag`, or the digest of its first file if another program made it."""
@@ -45,7 +57,8 @@ class ResultFolder:
 
     settings.json contains the settings. finished.txt is the journal: each finished file adds the line "NAME<tab>BYTES".
     An image is finished if its last line has the size of its file. Lines are only added, each in one write, so several
-    ranks can share the journal, and a run that is killed leaves at most one incomplete line, whose size is wrong.
+    ranks can share the journal, and a run that is killed leaves at most one incomplete line. Files are written whole:
+    one of another size was changed by somebody else, and --resume refuses to replace it.
 
     settings: a dict, for JSON, of everything that the files depend on: numbers and digests, not paths, because one file
     has many paths. flag: the command-line flag that named the folder.
@@ -79,14 +92,8 @@ class ResultFolder:
 
     def finished(self):
         """Returns the set of the names of finished images."""
-        sizes = {}
-        if os.path.isfile(self.journal):
-            with open(self.journal, encoding='utf-8', errors='replace') as file:
-                for line in file:
-                    name, _, size = line.rstrip('\n').rpartition('\t')
-                    sizes[name] = size
-        return {name for name, size in sizes.items()
-                if os.path.isfile(self.file(name)) and str(os.path.getsize(self.file(name))) == size}
+        return {name for name, size in read_journal(self.path).items()
+                if os.path.isfile(self.file(name)) and os.path.getsize(self.file(name)) == size}
 
     def open(self, names, resume):
         """Prepares the folder for a run over these images, and creates it if needed. With `resume`, finished files
@@ -97,14 +104,21 @@ class ResultFolder:
         if differences and resume:
             raise BadInput(f'{self.path} ({self.flag}) was made with other or unknown settings: {differences}. Name '
                            'another folder, or leave --resume out to overwrite it')
+        sizes, kept = read_journal(self.path), self.finished() if resume else set()
+        changed = [self.file(name) for name in names if resume and name not in kept and sizes.get(name) is not None
+                   and os.path.isfile(self.file(name)) and os.path.getsize(self.file(name))]    # a crash empties files
+        if changed:
+            raise BadInput(f'{self.path} ({self.flag}): {len(changed):,} of {len(names):,} files were changed after they '
+                           f'had been written, such as {", ".join(changed[:3])}. Move them to another folder, or leave '
+                           '--resume out to overwrite them')
         # the journal first, then the settings: if the run is killed here, no old file counts as a new one
         if differences:
             print(f'warning: {self.path} ({self.flag}) has results of other settings, which this run overwrites one by '
                   f'one: {differences}')
             self._write_journal('wb', '')
-        # the line break ends an incomplete line; other images in the journal may be another rank's
-        outdated = set() if resume else self.finished().intersection(names)
-        self._write_journal('ab', '\n' + ''.join(f'{name}\tanew\n' for name in sorted(outdated)))
+        # the blank ends an incomplete line so that it never counts; other images in the journal may be another rank's
+        outdated = sizes.keys() & set(names) - kept
+        self._write_journal('ab', ' \n' + ''.join(f'{name}\tanew\n' for name in sorted(outdated)))
         with atomic_write(os.path.join(self.path, SETTINGS)) as file:
             file.write(json.dumps(self.settings, indent=1).encode())
 
