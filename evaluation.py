@@ -13,6 +13,7 @@ from tool import image_files, score_files, visualization
 from tool.cli import BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, make_dir, str2bool
 from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
+from tool.outputs import warn_of_older_files
 from tool.text_files import write_csv
 from tool.thresholds import MOST, exponent_of, exponents_to_start_with
 from tool.workers import parallel_map
@@ -246,6 +247,7 @@ def check_files(names, args):
             f'{errors[0]}' for flag, errors in missing.items() if errors]
     if told:
         raise BadInput('; '.join(told))
+    warn_of_older_files(args.predict_dir, names, '--predict_dir')
     add_to_log(args.logfile, '')
 
 

@@ -32,8 +32,8 @@ def results_in(folder, extensions=EXTENSIONS):
 
 
 def read_journal(folder):
-    """Returns a dict name -> size in bytes that the last line of a folder's journal says, None for a file that a run was
-    to make anew. It is empty without a journal. An incomplete last line does not count."""
+    """Returns a dict name -> size in bytes from its last line in a folder's journal; None for a file that a later run
+    was to replace. It is empty without a journal. An incomplete last line does not count."""
     path, sizes = os.path.join(folder, JOURNAL), {}
     if os.path.isfile(path):
         with open(path, encoding='utf-8', errors='replace') as file:
@@ -41,6 +41,16 @@ def read_journal(folder):
                 name, _, size = line.rpartition('\t')
                 sizes[name] = int(size) if size.isdecimal() else None
     return sizes
+
+
+def warn_of_older_files(folder, names, flag):
+    """Warns if a folder has a journal without some of these files: its last run, perhaps one with other settings, has
+    not replaced them. A file that was changed by hand keeps its line, so it does not count."""
+    sizes = read_journal(folder)
+    older = [name for name in names if sizes.get(name) is None]
+    if sizes and older:
+        print(f'warning: {folder} ({flag}) is mixed: {len(older):,} of {len(names):,} files, such as {older[0]}, are '
+              'older than its last run and may have other settings; complete that run with --resume')
 
 
 def describe_folder(folder, flag):
@@ -108,8 +118,8 @@ class ResultFolder:
         changed = [self.file(name) for name in names if resume and name not in kept and sizes.get(name) is not None
                    and os.path.isfile(self.file(name)) and os.path.getsize(self.file(name))]    # a crash empties files
         if changed:
-            raise BadInput(f'{self.path} ({self.flag}): {len(changed):,} of {len(names):,} files were changed after they '
-                           f'had been written, such as {", ".join(changed[:3])}. Move them to another folder, or leave '
+            raise BadInput(f'{self.path} ({self.flag}): {len(changed):,} of {len(names):,} files were changed since '
+                           f'they were written, such as {", ".join(changed[:3])}. Move them to another folder, or leave '
                            '--resume out to overwrite them')
         # the journal first, then the settings: if the run is killed here, no old file counts as a new one
         if differences:

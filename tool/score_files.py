@@ -7,6 +7,7 @@ import numpy as np
 from tool.cli import BadInput, check_file
 from tool.files import atomic_write
 from tool.image_files import IGNORE
+from tool.outputs import warn_of_older_files
 from tool.unpickle import load_dict
 
 # key in a file -> class: a key is a number in .npy, and the text of that number in .npz
@@ -43,9 +44,10 @@ def find_scores(path, flag):
 
 
 def check_scores(folder, names, flag):
-    """Raises BadInput for the first of these images without a score file in `folder`."""
+    """Raises BadInput for the first of these images without a score file in `folder`. Warns of older files."""
     for name in names:
         find_scores(os.path.join(folder, name + '.npy'), flag)
+    warn_of_older_files(folder, names, flag)
 
 
 def sums_to_one(scores):

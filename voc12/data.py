@@ -9,6 +9,7 @@ from tool import image_files, imutils, score_files
 from tool.affinity_pairs import STRIDE, fit_radius, pair_indices
 from tool.cli import BadInput, check_file
 from tool.image_files import IGNORE
+from tool.outputs import warn_of_older_files
 from voc12.data_root import find_images
 from voc12.lists import (AUG_GT_FOLDER, CAT_LIST, GT_FOLDER, IMG_FOLDER, check_images, get_img_path,
                          load_img_name_list, load_labels)
@@ -163,6 +164,7 @@ class VOC12SegDataset(VOC12ImageDataset):
         self.label_dir, self.num_classes, self.transforms = label_dir, num_classes, transforms
         for name in self.img_name_list:
             check_file(self.label_path(name), '--label_dir')
+        warn_of_older_files(label_dir, self.img_name_list, '--label_dir')
 
     def label_path(self, name):
         return os.path.join(self.label_dir, name + '.png')
