@@ -13,7 +13,7 @@ from tool import image_files, score_files, visualization
 from tool.cli import BadInput, HelpFormatter, check_dir, check_file, check_range, exit_on_bad_input, make_dir, str2bool
 from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
-from tool.outputs import warn_of_older_files
+from tool.outputs import check_class_names, warn_of_older_files
 from tool.text_files import write_csv
 from tool.thresholds import MOST, exponent_of, exponents_to_start_with
 from tool.workers import parallel_map
@@ -258,6 +258,7 @@ def main(args):
     for name in args.mean_classes or ():
         if name not in categories:
             raise BadInput(f'--mean_classes {name}: no such class; there are {", ".join(categories)}')
+    check_class_names(args.predict_dir, '--predict_dir', class_names)
     chosen = [categories.index(name) for name in args.mean_classes] if args.mean_classes else None
     names = load_img_name_list(args.list, '--list')
     check_files(names, args)

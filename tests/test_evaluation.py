@@ -1,5 +1,6 @@
 """The evaluation against the reference's numbers."""
 import csv
+import json
 import os
 import re
 import sys
@@ -144,6 +145,16 @@ def test_predictions_of_another_class_list_are_warned_of(data):
     (data / 'names.txt').write_text('cat\n')
     image_files.save_label_map(str(data / 'pred/b.png'), np.arange(16).reshape(4, 4))
     assert '2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ..., in 14 pixels' in done(score_script(data, '--class_names', 'names.txt'))
+
+
+@pytest.mark.parametrize('key', ['class_names', 'cam_dir class_names'])
+def test_results_of_another_class_list_are_refused(data, key):
+    (data / 'names.txt').write_text('cat\n')
+    (data / 'pred/settings.json').write_text(json.dumps({'scales': [1], key: ['cat']}))
+    refused(score_script(data), 'pred', '--predict_dir', 'cat', '--class_names', 'aeroplane, bicycle')
+    done(score_script(data, '--class_names', 'names.txt'))
+    (data / 'pred/settings.json').write_text(json.dumps({'scales': [1]}))
+    done(score_script(data))
 
 
 def test_share_of_255_in_predictions_is_told(data):

@@ -112,6 +112,14 @@ def test_a_label_map_that_does_not_fit_is_named_and_nothing_is_written(labels, w
     assert not os.listdir(root / 'coco/annotations')
 
 
+def test_label_maps_of_another_class_list_are_refused_and_nothing_is_written(root):
+    (root / 'labels/settings.json').write_text(json.dumps({'cam_dir class_names': ['dog', 'cat']}))
+    with pytest.raises(BadInput) as error:
+        export(root)
+    assert all(word in str(error.value) for word in ('--label_dir', '--class_names', 'dog, cat', ', '.join(CLASSES)))
+    assert not (root / 'coco').exists()
+
+
 def test_without_pycocotools_one_line_says_how_to_get_it(root, monkeypatch):
     monkeypatch.setattr(export_coco, 'coco_mask', None)
     with pytest.raises(BadInput, match='pip install pycocotools'):

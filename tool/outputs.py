@@ -62,6 +62,14 @@ def describe_folder(folder, flag):
     return {f'{flag} {key}': value for key, value in settings.items()}
 
 
+def check_class_names(folder, flag, class_names):
+    """Raises BadInput if the settings of a folder, or those of the CAMs behind it, have other names of the classes."""
+    for key, value in (read_settings(folder) or {}).items():
+        if key.split()[-1:] == ['class_names'] and isinstance(value, list) and value != class_names:
+            raise BadInput(f'{folder} ({flag}) was made for the {len(value)} classes {", ".join(map(str, value))}; '
+                           f'--class_names has {len(class_names)}: {", ".join(class_names)}')
+
+
 class ResultFolder:
     """A folder with one file per image, NAME + extension, all made with the same settings.
 
@@ -119,8 +127,8 @@ class ResultFolder:
                    and os.path.isfile(self.file(name)) and os.path.getsize(self.file(name))]    # a crash empties files
         if changed:
             raise BadInput(f'{self.path} ({self.flag}): {len(changed):,} of {len(names):,} files were changed since '
-                           f'they were written, such as {", ".join(changed[:3])}. Move them to another folder, or leave '
-                           '--resume out to overwrite them')
+                           f'they were written, such as {", ".join(changed[:3])}. Move them to another folder, or '
+                           'leave --resume out to overwrite them')
         # the journal first, then the settings: if the run is killed here, no old file counts as a new one
         if differences:
             print(f'warning: {self.path} ({self.flag}) has results of other settings, which this run overwrites one by '

@@ -31,6 +31,7 @@ if not __package__:        # run as a script: Python puts voc12/ on the path, no
 from tool.cli import BadInput, HelpFormatter, check_range, exit_on_bad_input, make_dir
 from tool.files import atomic_write
 from tool.image_files import IGNORE, decode_image, read_label_map
+from tool.outputs import check_class_names
 from tool.workers import parallel_map
 from voc12.lists import check_images, get_img_path, load_class_names, load_img_name_list, stems
 from voc12.masks import wrong_values
@@ -90,6 +91,7 @@ def main(args):
     if coco_mask is None:
         raise BadInput('this command needs pycocotools, which is not installed: pip install pycocotools')
     class_names = load_class_names(args.class_names)
+    check_class_names(args.label_dir, '--label_dir', class_names)
     if args.list:
         names = load_img_name_list(args.list, '--list')
     else:
