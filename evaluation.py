@@ -3,6 +3,7 @@
 Reads predictions and ground truth. Prints the mIoU, appends it to --logfile, and writes tables, <out_prefix>_*.csv.
 """
 import argparse
+import contextlib
 import functools
 import os
 import time
@@ -14,7 +15,7 @@ from tool.cli import BadInput, HelpFormatter, check_dir, check_file, check_range
 from tool.image_files import IGNORE
 from tool.metrics import class_measures, confusion, confusion_curve, mean_measures
 from tool.outputs import check_class_names, warn_of_older_files
-from tool.text_files import write_csv
+from tool.text_files import read_csv, write_csv
 from tool.thresholds import MOST, exponent_of, exponents_to_start_with
 from tool.workers import parallel_map
 from voc12.canonical import describe_list, find_canonical
@@ -113,11 +114,23 @@ def add_to_log(path, text):
         raise BadInput(f'cannot write {path} (--logfile): {error.strerror}') from error
 
 
+def warn_of_other_result(path, result):
+    """Warns if the file of an earlier result, which is replaced now, is one of other images or predictions."""
+    with contextlib.suppress(OSError, UnicodeError, IndexError):
+        before = read_csv(path)[0]
+        differ = [f'{key} was {before[key]}, is {result[key]}' for key in ('list', 'images', 'predict_dir')
+                  if before.get(key, str(result[key])) != str(result[key])]
+        if differ:
+            print(f'warning: {path} is replaced by a result of other data ({"; ".join(differ)}); another --out_prefix '
+                  'keeps both')
+
+
 def write_results(out_prefix, logfile, comment, result, log, end, table, lines):
     """Writes the dict `result` and a larger table, (header, rows), as CSV files, appends the dict `log` to the log
     file, and prints the lines. If a CSV file cannot be written, the rest is still done before BadInput is raised."""
     entry = [f'{time.strftime("%Y-%m-%d %H:%M:%S")}\t{" ".join(comment.split())}',
              '  '.join(f'{key}:{value}' for key, value in log.items()), '=' * 37]
+    warn_of_other_result(out_prefix + '_result.csv', result)
     try:
         write_csv(out_prefix + '_result.csv', result, [result.values()])
         write_csv(out_prefix + end, *table)
@@ -272,7 +285,8 @@ def main(args):
     warn_of_values(values, categories, chosen, args.predict_dir, args.gt_dir)
 
     canonical = find_canonical(names) if categories[1:] == CAT_LIST else None
-    result = {'comment': args.comment, 'list': canonical or '', 'images': len(names)}
+    result = {'comment': args.comment, 'list': canonical or '', 'images': len(names),
+              'predict_dir': os.path.normpath(args.predict_dir)}
     if args.curve:
         at_best, curve, table, lines = report_curve(thresholds, matrices, categories, chosen,
                                                     len(args.t_list or CURVE))

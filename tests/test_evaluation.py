@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 import types
 
@@ -209,6 +210,19 @@ def test_a_csv_that_cannot_be_written_loses_no_result(data):
     result = score_script(data)
     refused(result, 'pred_result.csv')
     assert 'accuracy:100.000%' in result.stdout and 'mIoU_present:' in (data / 'evallog.txt').read_text()
+
+
+def test_a_result_of_other_predictions_or_images_is_not_replaced_in_silence(data):
+    other = data / 'other/pred'
+    shutil.copytree(data / 'pred', other)
+    (data / 'one.txt').write_text('a\n')
+    moved = '--predict_dir', other
+    for flags, words in (((), ()), ((), ()), (moved, ('pred', other)), (moved, ()),
+                         ((*moved, '--list', 'one.txt'), ('2', '1')), (('--out_prefix', 'third'), ())):
+        lines = [line for line in done(score_script(data, *flags)).splitlines() if '--out_prefix' in line]
+        assert len(lines) == bool(words) and all(str(word) in lines[0] for word in ('pred_result.csv', *words) if words)
+    (data / 'third_result.csv').write_bytes(b'\xff')
+    done(score_script(data, '--out_prefix', 'third'))
 
 
 @pytest.mark.parametrize('flags', [['--t', 'nan'], ['--t', 'inf'], ['--curve', '--t_list', '0.1', 'nan']])
