@@ -238,6 +238,7 @@ def check_args(args):
     check_range(args, 0.01, 100, 'scales', 'tag_scales', 'crf_alpha')
     check_range(args, -1000, 1000, 'out_cam_pred_alpha')
     check_range(args, 0, 256, 'num_workers', 'crf_workers')
+    check_range(args, 0, 10 ** 9, 'vis_count')
     if args.out_crf and len({f'{alpha:.1f}' for alpha in args.crf_alpha}) < len(args.crf_alpha):
         raise BadInput(f'--crf_alpha {args.crf_alpha}: two of them would write to the same folder, whose name has one '
                        'decimal')
@@ -294,7 +295,7 @@ def main(args):
     cam_folder = ResultFolder(args.out_cam, '--out_cam', extension, score_settings) if args.out_cam else None
     label_folder = (ResultFolder(args.out_cam_pred, '--out_cam_pred', '.png', label_settings)
                     if args.out_cam_pred else None)
-    crf_folders = [ResultFolder(f'{args.out_crf}_{alpha:.1f}', '--out_crf', extension,
+    crf_folders = [ResultFolder(f'{args.out_crf.rstrip("/")}_{alpha:.1f}', '--out_crf', extension,
                                 {**score_settings, 'alpha': alpha, 'crf': crf.describe_crf(crf.CAM_CRF)})
                    for alpha in (args.crf_alpha if args.out_crf else [])]
     folders = [folder for folder in (tag_folder, cam_folder, label_folder, *crf_folders) if folder]

@@ -163,6 +163,7 @@ def get_args_parser():
 
 def check_args(args):
     check_range(args, 0, 256, 'num_workers', 'crf_workers', 'beta')
+    check_range(args, 0, 10 ** 9, 'vis_count')
     check_range(args, 0.01, 100, 'alpha')
     check_range(args, 0, 20, 'logt')
     check_range(args, 0, 1, 'ignore_below')

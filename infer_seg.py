@@ -150,6 +150,7 @@ def check_args(args):
         raise BadInput('there is nothing to write: give --out_seg or --out_prob')
     check_range(args, 0.01, 100, 'scales')
     check_range(args, 0, 256, 'num_workers', 'crf_workers')
+    check_range(args, 0, 10 ** 9, 'vis_count')
     check_range(args, 32, 100000, 'tile')
     check_file(args.weights, '--weights')
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+import infer_aff
+import infer_seg
 from helpers import AFF, SEAM, done, names_of, refused, run
 from script_runs import pipeline, set_list, train, voc
+from tool.cli import BadInput
 
 
 def infer(voc, pipeline, *args):
@@ -225,12 +228,21 @@ def test_flags_out_of_range(voc, flags):
     refused(train(voc, *flags), flags[0])
 
 
-@pytest.mark.parametrize('flags', [['--crf_workers', '-1'], ['--out_cam_pred_alpha', 'nan']])
+@pytest.mark.parametrize('flags', [['--crf_workers', '-1'], ['--out_cam_pred_alpha', 'nan'], ['--vis_count', '-1']])
 def test_flags_of_inference_out_of_range(voc, pipeline, flags):
     refused(infer(voc, pipeline, *flags), flags[0])
 
 
-@pytest.mark.parametrize('args, word', [(['--type', 'npy'], '--t'), (['--curve', 'True'], '--type npy')])
+def test_negative_count_of_pictures_is_refused():
+    for script, flags in ((infer_aff, ['--cam_dir', '.']), (infer_seg, ['--out_seg', 'x'])):
+        args = script.get_args_parser().parse_args(['--weights', __file__, '--vis_count', '-1', *flags])
+        with pytest.raises(BadInput, match='--vis_count'):
+            script.check_args(args)
+
+
+@pytest.mark.parametrize('args, word', [
+    (['--type', 'npy'], '--t'), (['--curve', 'True'], '--type npy'), (['--t', '0.3'], '--t 0.3'),
+    (['--type', 'npy', '--curve', '--t', '0.3'], '--t 0.3')])
 def test_contradictory_flags_of_evaluation(voc, pipeline, args, word):
     set_list(voc, names_of(voc))
     refused(evaluate(voc, pipeline, *args), word)

@@ -103,6 +103,12 @@ def test_the_list_chooses_the_images(root):
         export(root, '--list', str(root / 'list.txt'))
 
 
+def test_a_name_that_the_list_has_twice_is_written_once(root):
+    (root / 'list.txt').write_text('a\nc\na\n')
+    data = export(root, '--list', str(root / 'list.txt'))
+    assert [image['file_name'] for image in data['images']] == ['a.jpg', 'c.jpg']
+
+
 @pytest.mark.parametrize('labels, words', [(np.full((H, W), 3), 'value 3.*--class_names'),
                                            (np.zeros((W, H)), f'{W}x{H}.*--voc12_root')])
 def test_a_label_map_that_does_not_fit_is_named_and_nothing_is_written(labels, words, root):

@@ -88,6 +88,11 @@ def test_crf_from_finished_cams_equals_that_of_the_same_run(data, tmp_path):
     refused(run(data, 'infer_SEAM', *flags, '--out_cam_pred', './cam/'), '--out_cam_pred')
 
 
+def test_slash_at_the_end_of_the_prefix_of_the_crfs_is_no_part_of_their_names(data, tmp_path):
+    done(cams(data, '--out_crf', f'{tmp_path}/crf/', '--crf_alpha', 4))
+    assert [path.name for path in tmp_path.iterdir()] == ['crf_4.0']
+
+
 @pytest.mark.parametrize('shares, word', [([0., .02], 'lower'), ([1., .98], 'higher'), ([.3, .99], None), ([], None)])
 def test_labels_that_are_nearly_all_background_or_hardly_any_are_warned_of(shares, word, capsys):
     outputs.warn_of_background(shares, 'rw', '--alpha')

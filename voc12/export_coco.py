@@ -93,7 +93,7 @@ def main(args):
     class_names = load_class_names(args.class_names)
     check_class_names(args.label_dir, '--label_dir', class_names)
     if args.list:
-        names = load_img_name_list(args.list, '--list')
+        names = list(dict.fromkeys(load_img_name_list(args.list, '--list')))         # a name may be there twice
     else:
         names = sorted(stems(args.label_dir, '.png', '--label_dir'))
     if not names:
