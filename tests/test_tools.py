@@ -109,6 +109,14 @@ def test_atomic_write_leaves_the_old_file_and_no_litter_when_it_fails(tmp_path):
     assert (tmp_path / 'x').read_text() == 'old' and os.listdir(tmp_path) == ['x']
 
 
+def test_atomic_write_to_the_longest_name_that_a_file_can_have(tmp_path):
+    name = '花' * 83 + '.npy'                    # 253 of 255 bytes
+    with files.atomic_write(str(tmp_path / name)) as file:
+        file.write(b'whole')
+        assert [path.name[0] for path in tmp_path.iterdir()] == ['.']
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_csv_files_are_read_as_they_were_written(tmp_path):
     rows = [['a, b', 'c "d"'], ['ü', 'file \udcff']]
     text_files.write_csv(str(tmp_path / 'x.csv'), ['first', 'second'], rows)

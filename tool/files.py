@@ -16,7 +16,8 @@ def atomic_write(path):
     is full or the folder read-only.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}')
+    # a name of 255 bytes, the most that file systems allow, has no room for more
+    temporary = os.path.join(folder, f'.{name[:20]}.{secrets.token_hex(4)}')
     try:
         with open(temporary, 'xb') as file:
             yield file
