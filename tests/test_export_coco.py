@@ -45,7 +45,7 @@ def import_back(root):
     make_coco.main(make_coco.get_args_parser().parse_args([
         '--coco_root', str(root / 'coco'), '--out', str(root / 'back'), '--names', str(root / 'back.txt'), '--masks',
         '--negatives', '--num_workers', '0']))
-    return {path.stem: read_label_map(str(path), '') for path in (root / 'back/SegmentationClass').iterdir()}
+    return {path.stem: read_label_map(str(path), '') for path in (root / 'back/SegmentationClass').glob('*.png')}
 
 
 @pytest.mark.parametrize('flags', [[], ['--parts']])
