@@ -229,8 +229,7 @@ def check_args(args):
     if args.type == 'npy' and not args.curve and args.t is None:
         raise BadInput('--type npy needs a background score (--t) or --curve')
     if args.t is not None and (args.type != 'npy' or args.curve):
-        raise BadInput(f'--t {args.t} is for CAM dicts at one background score: add --type npy without --curve, or '
-                       'leave --t out')
+        print(f'warning: --t {args.t} has no effect: it is for --type npy without --curve')
     check_range(args, -1000, 1000, 't', 't_list')
     if args.t_list and sorted(args.t_list) != args.t_list:
         raise BadInput(f'--t_list {args.t_list} must ascend')

@@ -231,7 +231,8 @@ def test_background_scores_that_are_no_numbers(data, flags):
 
 
 def test_curve_goes_on_where_its_best_point_is_near_the_end(data):
-    out = done(score_script(data, '--curve', kind='npy'))
+    out = done(score_script(data, '--curve', '--t', 0.3, kind='npy'))
+    assert 'warning: --t 0.3 has no effect' in out
     lines = [line for line in out.splitlines() if 'background score: ' in line and '/' in line]
     assert len(lines) == 100 and lines[0].startswith('0/60 ') and lines[59].startswith('59/60 background score: 0.590')
     assert lines[99].startswith('99/100 background score: 0.990')
