@@ -119,8 +119,8 @@ def check_args(args):
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
     low, high = ((read_settings(folder) or {}).get('alpha', 0) for folder in (args.la_crf_dir, args.ha_crf_dir))
     if low > high:
-        raise BadInput(f'{args.la_crf_dir} (--la_crf_dir) has the exponent {low}, {args.ha_crf_dir} (--ha_crf_dir) only '
-                       f'{high}: exchange them')
+        raise BadInput(f'{args.la_crf_dir} (--la_crf_dir) has the exponent {low}, {args.ha_crf_dir} (--ha_crf_dir) '
+                       f'only {high}: exchange them')
 
 
 def main(args):

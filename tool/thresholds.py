@@ -24,8 +24,8 @@ def threshold_of(exponent):
 
 def exponents_to_start_with(threshold):
     """Returns (low, high, walk): the CRF exponents for train_aff.py and the exponent of the random walk to start with,
-    for the best threshold in (0, 1). Their ratios to the threshold's own exponent are those of the original's
-    defaults: its threshold is 0.26, with the exponent 4.5, and the three are 4, 24 and 6. They are kept within what the scripts
+    for the best threshold in (0, 1). Their ratios to the threshold's own exponent are those of the original's defaults:
+    its threshold is 0.26, with the exponent 4.5, and the three are 4, 24 and 6. They are kept within what the scripts
     accept; low and high differ in their first decimal."""
     low, high, walk = (min(max(factor * exponent_of(threshold), .1), MOST) for factor in (.9, 5.4, 1.35))
     return min(low, MOST / 2), max(high, .2), walk
