@@ -1,4 +1,6 @@
 """AffinityNet's labels, loss, training gradients and the random walk against the reference's outputs."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import infer_aff
 import train_aff
 from conftest import GOLDEN, close, filled, golden
 from network.resnet38_aff import Net
-from tool import crf, image_files, imutils
+from tool import image_files, imutils
 from tool.affinity_pairs import fit_radius
 from voc12.data import ExtractAffinityLabelInRadius, VOC12AffDataset, fuse_crf_labels
 from voc12.masks import find_labels
@@ -134,7 +136,6 @@ def test_training_gradients(case):
 
 def walk_inputs(name):
     """Padded normalised image (1, 3, H, W), its CAM dict, its size."""
-    import os
     g = golden('g08_random_walk')
     img = imutils.to_network_input(image_files.read_image(os.path.join(GOLDEN, 'images', name + '.jpg')))
     h, w = img.shape[1:]
@@ -142,10 +143,25 @@ def walk_inputs(name):
     return F.pad(torch.from_numpy(img)[None], (0, -w % 8, 0, -h % 8)), cams, (h, w)
 
 
+@pytest.fixture(scope='module')
+def walk_net(aff_net):
+    """The network of the walk. It runs only once on an image, and then remembers the affinities."""
+    known = {}
+
+    def net(img):
+        key = img.numpy().tobytes()
+        if key not in known:
+            known[key] = aff_net(img)
+        return known[key]
+
+    net.radius = aff_net.radius
+    return net
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('setting', [0, 1])
 @pytest.mark.parametrize('name', WALKED)
-def test_random_walk(aff_net, name, setting):
+def test_random_walk(walk_net, name, setting):
     g, key = golden('g08_random_walk'), f'{name}:s{setting}:'
     alpha, beta, logt = g['settings_alpha_beta_logt'][setting]
     img, cams, (h, w) = walk_inputs(name)
@@ -154,17 +170,17 @@ def test_random_walk(aff_net, name, setting):
     present = g[name + ':present_channels']
     seeds = F.avg_pool2d(torch.from_numpy(infer_aff.walk_seeds(cams, alpha, size)), 8)
     close(seeds, g[key + 'pooled_cam'], 1e-5)
-    walked = infer_aff.random_walk(seeds, aff_net(img), fit_radius(*seeds.shape[1:]), int(beta), int(logt))
+    walked = infer_aff.random_walk(seeds, walk_net(img), fit_radius(*seeds.shape[1:]), int(beta), int(logt))
     close(walked, g[key + 'rw_lowres'], 1e-4)
-    scores = F.interpolate(walked[None], size, mode='bilinear', align_corners=False)[0]
+    scores = infer_aff.walk_image(walk_net, img[0], cams, alpha, int(beta), int(logt))
     close(scores, g[key + 'scores'], 1e-4)
     assert g[key + 'absent_absmax'] == 0       # why the absent classes need not walk
-    assert (present[scores.argmax(dim=0).numpy()[:h, :w]] == g[key + 'pred']).all()
+    assert (present[scores.argmax(axis=0)[:h, :w]] == g[key + 'pred']).all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('name', WALKED)
-def test_sparse_walk_is_the_dense_power(aff_net, name):
+def test_sparse_walk_is_the_dense_power(aff_net, walk_net, name):
     g = golden('g08_random_walk')
     img, _, _ = walk_inputs(name)
     h, w = (side // 8 for side in img.shape[2:])
@@ -177,22 +193,46 @@ def test_sparse_walk_is_the_dense_power(aff_net, name):
     close(trans[::7, ::7], g[f'{name}:s0:trans_sub'], 1e-4)
     close([trans.sum(0).min(), trans.sum(0).max()], g[f'{name}:s0:trans_colsum_range'], 1e-4)
     scores = torch.rand(3, h, w, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    walked = infer_aff.random_walk(scores, aff_net(img).double(), fit_radius(h, w), int(beta), int(logt))
+    walked = infer_aff.random_walk(scores, walk_net(img).double(), fit_radius(h, w), int(beta), int(logt))
     close(walked.flatten(1), scores.flatten(1) @ trans, 1e-6)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize('name', WALKED)
 def test_crf_after_the_walk(name):
     pytest.importorskip('pydensecrf.densecrf')
     g = golden('g08_random_walk')
     img, _, (h, w) = walk_inputs(name)
-    present = g[name + ':present_channels']
-    scores = np.zeros((21, *img.shape[2:]), np.float32)
-    scores[present] = g[name + ':s0:scores']
-    out = crf.crf_inference(imutils.denormalize(img[0].numpy()), scores, t=1, labels=21)
-    assert np.abs(out[present] - g[name + ':crf:scores']).max() < 2e-3
-    assert (out.argmax(axis=0)[:h, :w] == g[name + ':crf:pred']).all()
+    scores = infer_aff.refine_walk(g[name + ':s0:scores'], list(g[name + ':present_channels']), img[0].numpy(), 20,
+                                   'pydensecrf', 'cpu')
+    assert np.abs(scores - g[name + ':crf:scores']).max() < 2e-3
+    assert (g[name + ':present_channels'][scores.argmax(axis=0)[:h, :w]] == g[name + ':crf:pred']).all()
+
+
+@pytest.mark.parametrize('with_crf', [False, True])
+def test_walk_by_the_script(walk_net, monkeypatch, tmp_path, with_crf):
+    """With the default flags. The sides of 2007_000002, 75 x 101, are no multiples of 8."""
+    g, kind = golden('g08_random_walk'), 'crf' if with_crf else 's0'
+    os.symlink(os.path.join(GOLDEN, 'images'), tmp_path / 'JPEGImages')
+    (tmp_path / 'cam').mkdir()
+    for name in WALKED:
+        np.save(tmp_path / f'cam/{name}.npy', walk_inputs(name)[1])
+    (tmp_path / 'list.txt').write_text('\n'.join(WALKED))
+    (tmp_path / 'aff.pth').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(infer_aff, 'import_network', lambda *_: lambda: walk_net)
+    monkeypatch.setattr(infer_aff, 'load_trained', lambda net, *_: net)
+    with pytest.raises(SystemExit) as end:
+        infer_aff.main(infer_aff.get_args_parser().parse_args([
+            '--weights', 'aff.pth', '--voc12_root', '.', '--infer_list', 'list.txt', '--cam_dir', 'cam',
+            '--out_prob', 'prob', '--num_workers', '0', '--crf', str(with_crf)]))
+    assert end.value.code == 0
+    for name in WALKED:
+        expected, labels = g[f'{name}:{kind}:scores'], g[f'{name}:{kind}:pred']
+        scores = np.load(f'prob/{name}.npy', allow_pickle=True).item()
+        assert list(scores) == list(g[name + ':present_channels'])
+        expected = (expected / expected.sum(axis=0))[:, :labels.shape[0], :labels.shape[1]]
+        close(np.stack(list(scores.values())), expected, 2e-3 if with_crf else 1e-4)
+        assert (image_files.read_label_map(f'out_rw/{name}.png', '') == labels).all()
 
 
 def test_walk_without_pairs_returns_the_seeds():

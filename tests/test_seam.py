@@ -1,4 +1,6 @@
 """SEAM training and inference against the reference's outputs."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,18 +12,17 @@ from conftest import GOLDEN, close, filled, golden
 from network import grad_cam
 from network.resnet38_SEAM import Net
 from network.seam import pseudo_label
-from tool import crf, imutils, visualization
+from tool import crf, image_files, visualization
 from tool.torchutils import PolyOptimizer
 
 NAMES = ('2007_000001', '2007_000002')
 
 
 def drop_nothing(net):
-    """Dropout off, with the network in training mode; returns the names of the dropout layers."""
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, torch.nn.Dropout2d)}
-    for layer in layers.values():
-        layer.p = 0.
-    return list(layers)
+    """Dropout off, with the network in training mode."""
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Dropout2d):
+            layer.p = 0.
 
 
 @pytest.fixture(scope='module')
@@ -38,20 +39,20 @@ def step():
     drop_nothing(net)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     img1, label = torch.from_numpy(g['img1']), torch.from_numpy(g['label'])
-    img2 = F.interpolate(img1, scale_factor=0.3, mode='bilinear', align_corners=True)
-
-    def forward():
-        outputs = (*net(img1), *net(img2))
-        return outputs, train_SEAM.seam_loss(*outputs, label)
-
-    outputs, terms = forward()
+    passes = []             # (input, outputs) of the network
+    hook = net.register_forward_hook(lambda _, inputs, outputs: passes.append((inputs[0], outputs)))
+    terms, *first = train_SEAM.forward_losses(net, img1, label)
+    hook.remove()
+    (_, outputs1), (img2, outputs2) = passes
+    outputs = *outputs1, *outputs2
+    assert all(torch.equal(ours, cam) for ours, cam in zip(first, outputs1))
     terms['loss'].backward()
     grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
     optimizer.step()
     after = {name: p.detach().clone() for name, p in net.named_parameters()}
     lr_used = [group['lr'] for group in optimizer.param_groups]
     optimizer.zero_grad()
-    step2_loss = forward()[1]['loss']
+    step2_loss = train_SEAM.forward_losses(net, img1, label)[0]['loss']
     step2_loss.backward()
     optimizer.step()
     return dict(g=g, net=net, img2=img2, label=label, outputs=[x.detach() for x in outputs], optimizer=optimizer,
@@ -159,11 +160,6 @@ def test_optimizer_settings(step):
     assert [sum(p.numel() for p in group['params']) for group in groups] == list(g['group_numel'])
 
 
-def test_dropout_layers_are_the_reference_s():
-    assert sorted(drop_nothing(Net())) == sorted(str(row).split()[0].split('=')[0].split(':')[0]
-                                                 for row in golden('g02_seam_losses')['dropout_modules'])
-
-
 def test_unit_functions():
     g = golden('g02_seam_losses')
     close(train_SEAM.max_norm(torch.from_numpy(g['unit_in'])), g['unit_max_norm'], 1e-6)
@@ -187,42 +183,38 @@ def keep_means(means, class_maps=infer_SEAM.class_maps):
 
 
 @pytest.fixture(scope='module')
-def inferred(seam_net):
-    """name -> (views, classes, CAM dict, channel means of the refined maps of each view) of the golden images, through
-    the data set and the script's functions."""
-    import os
-    import tempfile
-    from voc12.data import VOC12ClsDatasetMSF
-    g = golden('g04_infer_cam')
-    out = {}
-    with tempfile.TemporaryDirectory() as root:
-        os.symlink(os.path.join(GOLDEN, 'images'), os.path.join(root, 'JPEGImages'))
-        np.save(os.path.join(root, 'labels.npy'), {name: g[name + ':label'] for name in NAMES})
-        with open(os.path.join(root, 'list.txt'), 'w') as file:
-            file.write('\n'.join(NAMES))
-        dataset = VOC12ClsDatasetMSF(os.path.join(root, 'list.txt'), root, list(g['scales']),
-                                     imutils.to_network_input, cls_labels=os.path.join(root, 'labels.npy'))
-        seam_net.to(memory_format=torch.channels_last)          # as the script has it on a CPU
-        for name, img, views, label in dataset:
-            assert (img == g[name + ':rgb_decoded']).all()
-            classes = np.flatnonzero(label.numpy() > 1e-5).tolist()
-            tensors = [torch.from_numpy(view) for view in views]
-            means = []
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(infer_SEAM, 'class_maps', keep_means(means))
-                maps, _ = infer_SEAM.run_views(seam_net, tensors)
-            cam = infer_SEAM.multi_scale_cam(maps, tensors, classes, img.shape[:2])
-            mirrored = [view[..., ::-1].copy() for view in views]       # on the device in the script
-            out[name] = ([view for pair in zip(views, mirrored) for view in pair], classes,
-                         dict(zip(classes, infer_SEAM.normalize_cam(cam))), means)
-        seam_net.to(memory_format=torch.contiguous_format)
-    return out
+def inferred(seam_net, tmp_path_factory):
+    """Runs infer_SEAM.py on the golden images. Returns its folder and, for each image, the views and the channel means
+    of their refined maps."""
+    g, root, seen = golden('g04_infer_cam'), tmp_path_factory.mktemp('inferred'), {}
+    os.symlink(os.path.join(GOLDEN, 'images'), root / 'JPEGImages')
+    np.save(root / 'labels.npy', {name: g[name + ':label'] for name in NAMES})
+    (root / 'list.txt').write_text('\n'.join(NAMES))
+    (root / 'seam.pth').touch()
+
+    def compute_cams(name, net, views, *settings, compute_cams=infer_SEAM.compute_cams):
+        mirrored = [view.flip(-1) for view in views]            # on the device in the script
+        means = []
+        seen[name] = [view.numpy() for pair in zip(views, mirrored) for view in pair], means
+        patch.setattr(infer_SEAM, 'class_maps', keep_means(means))
+        return compute_cams(name, net, views, *settings)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.chdir(root)
+        patch.setattr(infer_SEAM, 'import_network', lambda *_: lambda **_: seam_net)
+        patch.setattr(infer_SEAM, 'load_trained', lambda net, *_: net.to(memory_format=torch.channels_last))
+        patch.setattr(infer_SEAM, 'compute_cams', compute_cams)
+        infer_SEAM.main(infer_SEAM.get_args_parser().parse_args([
+            '--weights', 'seam.pth', '--voc12_root', '.', '--infer_list', 'list.txt', '--cls_labels', 'labels.npy',
+            '--num_workers', '0', '--out_cam', 'cam', '--out_cam_pred', 'pred', '--out_crf', 'crf']))
+    seam_net.to(memory_format=torch.contiguous_format)
+    assert end.value.code == 0
+    return root, seen
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_multi_scale_views(inferred, name):
-    g, (views, classes, *_) = golden('g04_infer_cam'), inferred[name]
-    assert classes == list(g[name + ':cam_keys'])
+    g, (views, _) = golden('g04_infer_cam'), inferred[1][name]
     np.testing.assert_array_equal([view.shape for view in views], g[name + ':input_shapes'][:, 1:])
     close(views[0], g[name + ':input_scale0'], 1e-6)
     statistics = [(view.mean(dtype=np.float64), view.std(dtype=np.float64, ddof=1)) for view in views]
@@ -231,13 +223,13 @@ def test_multi_scale_views(inferred, name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_network_outputs_of_all_views(inferred, name):
-    close(inferred[name][3], golden('g04_infer_cam')[name + ':cam_rv_chmean'], 1e-4)
+    close(inferred[1][name][1], golden('g04_infer_cam')[name + ':cam_rv_chmean'], 1e-4)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_saved_cams(inferred, name):
-    g, cam_dict = golden('g04_infer_cam'), inferred[name][2]
-    assert all(type(key) is int for key in cam_dict)
+    g, cam_dict = golden('g04_infer_cam'), np.load(inferred[0] / f'cam/{name}.npy', allow_pickle=True).item()
+    assert all(type(key) is int for key in cam_dict) and list(cam_dict) == list(g[name + ':cam_keys'])
     for key, cam in cam_dict.items():
         expected = g[f'{name}:cam_{key}']
         assert cam.dtype == np.float32 and cam.shape == expected.shape
@@ -251,8 +243,18 @@ def test_saved_cams(inferred, name):
 def test_cam_label_map(inferred, name):
     g = golden('g04_infer_cam')
     expected = g[name + ':cam_pred_png']
-    labels = infer_SEAM.label_map(inferred[name][2], float(g['out_cam_pred_alpha']), expected.shape)
+    labels = image_files.read_label_map(str(inferred[0] / f'pred/{name}.png'), '')
     assert labels.dtype == np.uint8 and (labels != expected).sum() == 0
+
+
+@pytest.mark.parametrize('alpha', ['4.0', '24.0'])
+@pytest.mark.parametrize('name', NAMES)
+def test_saved_crfs(inferred, name, alpha):
+    """Of our CAMs, which differ from the golden ones by rounding."""
+    g, crf_dict = golden('g05_crf'), np.load(inferred[0] / f'crf_{alpha}/{name}.npy', allow_pickle=True).item()
+    assert list(crf_dict) == list(g[f'{name}:crf_{alpha}_keys'])
+    for key, scores in crf_dict.items():
+        assert scores.dtype == np.float32 and np.abs(scores - g[f'{name}:crf_{alpha}_{key}']).max() < 1e-4
 
 
 @pytest.mark.parametrize('alpha', [4, 24])

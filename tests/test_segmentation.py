@@ -19,6 +19,7 @@ from tool.outputs import ResultFolder
 from tool.score_files import load_scores
 from tool.torchutils import PolyOptimizer, poly_lr
 from train_seg import segmentation_loss
+from training_runs import start
 from voc12.data import VOC12SegDataset
 
 ROOT = os.path.join(GOLDEN, 'retrain_voc')
@@ -190,11 +191,16 @@ def same_pixels(img, expected):
     assert differ.max() <= 1 and differ.mean() <= 1e-4
 
 
+@pytest.fixture(scope='module')
+def transforms(tmp_path_factory):
+    """The transforms of train_seg.py with the defaults, but for the golden crop size."""
+    loader, _ = start('train_seg', tmp_path_factory.mktemp('start'), '--crop_size', golden('g14_retrain_data')['crop'])
+    return loader.dataset.dataset.transforms
+
+
 @pytest.mark.parametrize('case', range(6))
-def test_training_sample(case):
+def test_training_sample(transforms, case):
     g = golden('g14_retrain_data')
-    transforms = [imutils.JitterHSV(10, 10, 10), imutils.mirror_at_random, imutils.RandomScale(0.5, 1.5),
-                  imutils.normalize_image, imutils.RandomCropBoth(int(g['crop']))]
     image, seed = g['case_image_seed'][case]
     name = str(g['names'][image])
     data = VOC12SegDataset(os.path.join(ROOT, 'list.txt'), ROOT, os.path.join(ROOT, 'pseudo'), transforms=transforms)

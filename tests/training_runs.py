@@ -1,4 +1,6 @@
-"""Short trainings of SEAM and AffinityNet that several test files compare with."""
+"""Short trainings of SEAM and AffinityNet that several test files compare with, and starts of all trainings."""
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 import tiny_aff
 import tiny_SEAM
 from helpers import AFF, LIST, SEAM, done, names_of, run
-from tool import torchutils, training
+from tool import torchutils, training, visualization
 from voc12.lists import load_labels
 
 
@@ -67,3 +69,50 @@ def weights(path):
 
 def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ----- starts: what main puts together -----
+
+class Started(Exception):
+    """Ends main at its first step. Its arguments are the loader and the Checkpoint."""
+
+
+class UnreadSet:
+    """Stands for the dataset of a training: 10,582 names, as in train_aug, and the transforms; no image is read."""
+
+    def __init__(self, *_, transform=None, transforms=None, **__):
+        self.transforms = transform or transforms
+        self.img_name_list = [f'{index:05}' for index in range(10582)]
+        self.labels = dict.fromkeys(self.img_name_list, np.eye(20, dtype=np.float32)[0])
+
+    def __len__(self):
+        return len(self.img_name_list)
+
+    def sample_labels(self):
+        return [np.uint8([0, 1])]
+
+    def read_label(self, _):
+        return np.uint8([0, 1])
+
+
+STARTS = {'train_SEAM': ('VOC12ClsDataset', '--network', SEAM),
+          'train_aff': ('VOC12AffDataset', '--network', AFF, '--la_crf_dir', '.', '--ha_crf_dir', '.'),
+          'train_seg': ('VOC12SegDataset', '--network', 'tiny_deeplab', '--label_dir', '.')}
+
+
+def start(script, folder, *more):
+    """Runs main in a folder with the default flags, but for a tiny network, up to its first step.
+    Returns (loader, Checkpoint)."""
+    def stop(loader, meter, log, checkpoint, *_):
+        raise Started(loader, checkpoint)
+
+    module, (dataset, *required) = importlib.import_module(script), STARTS[script]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(module, dataset, UnreadSet)
+        patch.setattr(module, 'training_steps', stop)
+        patch.setattr(module, 'calibrate_batch_norm', lambda net, _: net.eval(), raising=False)
+        patch.setattr(visualization, 'open_writer', lambda *_: None)
+        with pytest.raises(Started) as started:
+            module.main(module.get_args_parser().parse_args([*required, *map(str, more)]))
+    return started.value.args
