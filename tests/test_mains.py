@@ -16,7 +16,7 @@ import train_seg
 from conftest import golden
 from network import resnet38_aff, resnet38_deeplab, resnet38_SEAM
 from network.affinity import AffinityHead
-from network.base import NORMS, Network
+from network.base import Network
 from network.seam import SEAMHead
 from tool import imutils, torchutils, training
 from tool.cli import BadInput

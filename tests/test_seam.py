@@ -215,6 +215,8 @@ def inferred(seam_net, tmp_path_factory):
 @pytest.mark.parametrize('name', NAMES)
 def test_multi_scale_views(inferred, name):
     g, (views, _) = golden('g04_infer_cam'), inferred[1][name]
+    img = image_files.read_image(os.path.join(GOLDEN, 'images', name + '.jpg'))
+    assert (np.asarray(img) == g[name + ':rgb_decoded']).all()
     np.testing.assert_array_equal([view.shape for view in views], g[name + ':input_shapes'][:, 1:])
     close(views[0], g[name + ':input_scale0'], 1e-6)
     statistics = [(view.mean(dtype=np.float64), view.std(dtype=np.float64, ddof=1)) for view in views]
