@@ -13,6 +13,7 @@ from conftest import GOLDEN, close, filled, golden
 from network.resnet38_aff import Net
 from tool import image_files, imutils
 from tool.affinity_pairs import fit_radius
+from tool.outputs import ResultFolder
 from voc12.data import ExtractAffinityLabelInRadius, VOC12AffDataset, fuse_crf_labels
 from voc12.masks import find_labels
 
@@ -204,7 +205,7 @@ def test_crf_after_the_walk(name):
     img, _, (h, w) = walk_inputs(name)
     scores = infer_aff.refine_walk(g[name + ':s0:scores'], list(g[name + ':present_channels']), img[0].numpy(), 20,
                                    'pydensecrf', 'cpu')
-    assert np.abs(scores - g[name + ':crf:scores']).max() < 2e-3
+    assert np.abs(scores - g[name + ':crf:scores']).max() < 1e-5
     assert (g[name + ':present_channels'][scores.argmax(axis=0)[:h, :w]] == g[name + ':crf:pred']).all()
 
 
@@ -233,6 +234,19 @@ def test_walk_by_the_script(walk_net, monkeypatch, tmp_path, with_crf):
         expected = (expected / expected.sum(axis=0))[:, :labels.shape[0], :labels.shape[1]]
         close(np.stack(list(scores.values())), expected, 2e-3 if with_crf else 1e-4)
         assert (image_files.read_label_map(f'out_rw/{name}.png', '') == labels).all()
+
+
+@pytest.mark.parametrize('backend', ['pydensecrf', 'torch'])
+def test_crf_gets_the_scores_of_the_walk_as_they_are(tmp_path, backend):
+    """The CRF raises scores to 1e-5. It sees no difference between lower ones, unless they are scaled to sum to 1."""
+    if backend == 'pydensecrf':
+        pytest.importorskip('pydensecrf.densecrf')
+    scores = np.float32([4e-6, 8e-6])[:, None, None].repeat(8, axis=1).repeat(8, axis=2)
+    label_folder, score_folder = (ResultFolder(str(tmp_path), '', extension, {}) for extension in ('.png', '.npy'))
+    infer_aff.write_results('a', scores, [0, 3], np.zeros((3, 8, 8), np.float32), np.zeros((8, 8), bool), 20,
+                            label_folder, score_folder, True, 0., backend, 'cpu')
+    saved = np.load(tmp_path / 'a.npy', allow_pickle=True).item()
+    close(saved[3], np.full((8, 8), .5), 1e-3)
 
 
 def test_walk_without_pairs_returns_the_seeds():
