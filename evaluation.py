@@ -4,6 +4,7 @@ Reads predictions and ground truth. Prints the mIoU, appends it to --logfile, an
 """
 import argparse
 import contextlib
+import csv
 import functools
 import os
 import time
@@ -90,17 +91,18 @@ def add_up(results):
     return matrices, values
 
 
-def score_images(names, **settings):
-    return add_up(score_image(name, **settings) for name in names)
+def score_images(names, score):
+    return add_up(map(score, names))
 
 
 def evaluate(names, predict_dir, gt_dir, kind, thresholds, num_classes, num_workers):
     """Returns the sums over a list of images of what `score_image` returns."""
-    work = functools.partial(score_images, predict_dir=predict_dir, gt_dir=gt_dir, kind=kind, thresholds=thresholds,
-                             num_classes=num_classes)
+    score = functools.partial(score_image, predict_dir=predict_dir, gt_dir=gt_dir, kind=kind, thresholds=thresholds,
+                              num_classes=num_classes)
     # a process adds up some images: with 254 classes and a curve, the matrices of a single one take 52 MB
     some = [names[start:start + IMAGES_AT_ONCE] for start in range(0, len(names), IMAGES_AT_ONCE)]
-    return add_up(parallel_map(work, some, num_workers, 'evaluation', IMAGES_AT_ONCE))
+    return add_up(parallel_map(functools.partial(score_images, score=score), some, num_workers, 'evaluation',
+                               IMAGES_AT_ONCE))
 
 
 # ----- results -----
@@ -116,7 +118,7 @@ def add_to_log(path, text):
 
 def warn_of_other_result(path, result):
     """Warns if the file of an earlier result, which is replaced now, is one of other images or predictions."""
-    with contextlib.suppress(OSError, UnicodeError, IndexError):
+    with contextlib.suppress(OSError, UnicodeError, IndexError, csv.Error):
         before = read_csv(path)[0]
         differ = [f'{key} was {before[key]}, is {result[key]}' for key in ('list', 'images', 'predict_dir')
                   if before.get(key, str(result[key])) != str(result[key])]
@@ -288,7 +290,7 @@ def main(args):
 
     canonical = find_canonical(names) if categories[1:] == CAT_LIST else None
     result = {'comment': args.comment, 'list': canonical or '', 'images': len(names),
-              'predict_dir': os.path.normpath(args.predict_dir)}
+              'predict_dir': os.path.abspath(args.predict_dir)}
     if args.curve:
         at_best, curve, table, lines = report_curve(thresholds, matrices, categories, chosen,
                                                     len(args.t_list or CURVE))

@@ -117,8 +117,8 @@ def check_args(args):
         raise BadInput(f'--crop_size {args.crop_size} must be a multiple of {STRIDE}, and {5 * STRIDE} or more')
     check_dir(args.la_crf_dir, '--la_crf_dir')
     check_dir(args.ha_crf_dir, '--ha_crf_dir')
-    low, high = ((read_settings(folder) or {}).get('alpha', 0) for folder in (args.la_crf_dir, args.ha_crf_dir))
-    if low > high:
+    low, high = ((read_settings(folder) or {}).get('alpha') for folder in (args.la_crf_dir, args.ha_crf_dir))
+    if low and high and low > high:         # of folders of other programs nothing is known
         raise BadInput(f'{args.la_crf_dir} (--la_crf_dir) has the exponent {low}, {args.ha_crf_dir} (--ha_crf_dir) '
                        f'only {high}: exchange them')
 

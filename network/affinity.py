@@ -46,7 +46,7 @@ class AffinityHead(Network):
 
     def __init__(self, train_bn=False, checkpointing=False, dropout=1.0, backbone=None):
         """backbone: name of the backbone, for networks that `--backbone` selects one for."""
-        super().__init__(backbone) if backbone else super().__init__()
+        super().__init__(*([backbone] if backbone else []))     # only some backbones have names
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
         narrow4, narrow5, narrow6 = self.width, 2 * self.width, 4 * self.width      # 64, 128, 256 in the paper
         embedded = narrow4 + narrow5 + narrow6

@@ -39,7 +39,7 @@ class SEAMHead(Network):
     def __init__(self, num_classes=NUM_CLASSES, pcm=True, train_bn=False, checkpointing=False, dropout=1.0,
                  backbone=None):
         """backbone: name of the backbone, for networks that `--backbone` selects one for."""
-        super().__init__(backbone) if backbone else super().__init__()
+        super().__init__(*([backbone] if backbone else []))     # only some backbones have names
         conv4, conv5, conv6 = (self.channels[name] for name in ('conv4', 'conv5', 'conv6'))
         narrow4, narrow5 = self.width, 2 * self.width                   # 64 and 128 in the paper
         self.dropout7 = nn.Dropout2d(0.5)

@@ -1,5 +1,5 @@
 """Odd and bad input of every script: one test each."""
-import json
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +9,7 @@ from PIL import Image
 
 import infer_aff
 import infer_seg
+import train_aff
 from helpers import AFF, SEAM, done, names_of, refused, run
 from script_runs import pipeline, set_list, train, voc
 from tool.cli import BadInput
@@ -152,12 +153,16 @@ def test_crf_files_of_different_labels(voc, pipeline):
     refused(result, names[0], '--la_crf_dir', '--ha_crf_dir')
 
 
-def test_exchanged_crf_folders(voc):
-    for folder, alpha in (('la', 24.), ('ha', 4.)):
-        (voc / folder).mkdir(exist_ok=True)
-        (voc / folder / 'settings.json').write_text(json.dumps({'alpha': alpha}))
-    result = run(voc, 'train_aff', '--network', AFF, '--la_crf_dir', 'la', '--ha_crf_dir', 'ha')
-    refused(result, 'la (--la_crf_dir)', '24', 'ha (--ha_crf_dir)', '4')
+def test_exchanged_crf_folders(tmp_path):
+    la, ha = (str(tmp_path / name) for name in ('la', 'ha'))
+    args = train_aff.get_args_parser().parse_args(['--la_crf_dir', la, '--ha_crf_dir', ha])
+    for folder in la, ha:
+        os.mkdir(folder)
+    (tmp_path / 'la/settings.json').write_text('{"alpha": 24}')
+    train_aff.check_args(args)              # the other folder is of the original code
+    (tmp_path / 'ha/settings.json').write_text('{"alpha": 4}')
+    with pytest.raises(BadInput, match='--la_crf_dir.*24.*--ha_crf_dir.*4'):
+        train_aff.check_args(args)
 
 
 def evaluate(voc, pipeline, *args):

@@ -102,9 +102,14 @@ def test_resume_with_other_labels_is_refused_before_anything_is_written(commands
         commands('--resume')
     assert open('out/data/class_names.txt').read() == before and not commands.log
     (photos / 'out/seam_last.pth').write_bytes(b'of the earlier labels')
+    for path in ('out/labels/finished.txt', 'out/labels_mine/a.png', 'out/earlier/crf_0.7/b.npy'):
+        (photos / path).parent.mkdir(parents=True, exist_ok=True)
+        (photos / path).touch()
     commands()
     assert open('out/data/class_names.txt').read() != before and not os.path.exists('out/seam_last.pth')
-    assert os.path.exists('out/earlier/seam_last.pth')      # a --resume of the new run does not take it for its own
+    # a --resume of the new run does not take them for its own; what somebody else made, or put aside, stays
+    assert os.path.exists('out/earlier/seam_last.pth') and os.path.exists('out/earlier/labels/finished.txt')
+    assert os.path.exists('out/labels_mine/a.png') and os.path.exists('out/earlier/crf_0.7/b.npy')
 
 
 def test_one_class_has_the_exponents_of_its_own_threshold(commands, photos):

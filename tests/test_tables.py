@@ -13,6 +13,7 @@ import train_aff
 import train_SEAM
 from tables_runs import commands
 from tool import image_lists, tables
+from tool.cli import BadInput
 from voc12 import make_toy
 
 
@@ -125,6 +126,9 @@ def test_new_run_puts_the_results_of_an_earlier_one_aside(commands, tmp_path):
     commands('--rows', 'SEAM', '--seeds', '0')
     assert not (tmp_path / 'out/seed0/seam_last.pth').exists()
     assert (tmp_path / 'out/seed0_earlier/seam_last.pth').exists() and (tmp_path / 'out/seed1').exists()
+    with pytest.raises(BadInput):           # two forgotten --resume do not cost the first results
+        commands('--rows', 'SEAM', '--seeds', '0')
+    assert (tmp_path / 'out/seed0_earlier/seam_last.pth').exists()
     with open(tmp_path / 'out/tables.csv', newline='') as file:
         assert [row['seed'] for row in csv.DictReader(file)] == ['0']
 

@@ -3,9 +3,8 @@ import contextlib
 import hashlib
 import os
 import secrets
-import shutil
 
-from tool.cli import CannotWrite, is_out_of_memory
+from tool.cli import BadInput, CannotWrite, is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -31,13 +30,15 @@ def atomic_write(path):
 
 
 def set_aside(path):
-    """Renames a file or folder of an earlier run, which a later --resume would take for its own, to NAME_earlier, and
-    replaces what has that name. Returns the new path; does nothing if there is no such file."""
+    """Renames a file or folder of an earlier run, which a later --resume would take for its own, to NAME_earlier.
+    Returns the new path; does nothing if there is no such file. Replaces a file of that name, and raises BadInput if
+    there is a folder of that name, which may hold the work of days."""
     stem, extension = os.path.splitext(os.path.normpath(path))
     earlier = f'{stem}_earlier{extension}'
+    if os.path.isdir(path) and os.path.exists(earlier):
+        raise BadInput(f'{path} and {earlier} are results of earlier runs: remove one, or go on with --resume')
     if os.path.exists(path):
-        shutil.rmtree(earlier, ignore_errors=True)
-        os.replace(path, earlier)
+        os.replace(os.path.normpath(path), earlier)
     return earlier
 
 

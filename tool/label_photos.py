@@ -28,6 +28,7 @@ from tool.commands import ROOT, run_child
 from tool.devices import get_device
 from tool.files import atomic_write
 from tool.image_lists import load_img_name_list, read_lines
+from tool.outputs import JOURNAL
 from tool.tables import GT_FOLDER, LITE0, pass_on
 from tool.text_files import read_csv, write_text
 from tool.thresholds import exponents_to_start_with
@@ -246,13 +247,14 @@ def describe_results(args, classes, stages, minutes, notes):
 
 def set_aside_results(out):
     """Moves the results of an earlier run, which a later --resume would take for its own, to the folder `earlier`."""
-    results = [path for pattern in ('cam', 'crf_*', 'labels*', '*_last.pth')
-               for path in glob.glob(f'{glob.escape(out)}/{pattern}') if not path.endswith('.csv')]
+    results = [*map(os.path.dirname, glob.glob(f'{glob.escape(out)}/*/{JOURNAL}')),
+               *glob.glob(f'{glob.escape(out)}/*_last.pth')]
     if results:
-        shutil.rmtree(f'{out}/earlier', ignore_errors=True)
         make_dir(f'{out}/earlier', '--out')
     for path in results:
-        os.replace(path, f'{out}/earlier/{os.path.basename(path)}')
+        target = f'{out}/earlier/{os.path.basename(path)}'
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(path, target)
 
 
 def main(args):

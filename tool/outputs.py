@@ -49,8 +49,8 @@ def warn_of_older_files(folder, names, flag):
     sizes = read_journal(folder)
     older = [name for name in names if sizes.get(name) is None]
     if sizes and older:
-        print(f'warning: {folder} ({flag}) is mixed: {len(older):,} of {len(names):,} files, such as {older[0]}, are '
-              'older than its last run and may have other settings; complete that run with --resume')
+        print(f'warning: {len(older):,} of {len(names):,} files in {folder} ({flag}), such as {older[0]}, have no line '
+              f'in its {JOURNAL}: they may be of an earlier run with other settings')
 
 
 def describe_folder(folder, flag):
@@ -94,6 +94,8 @@ class ResultFolder:
     def writing(self, name):
         """The context in which the file of an image is written, to the path that it yields. If it ends well, the image
         is finished."""
+        if os.path.isfile(self.file(name)):     # until its new size is known, it counts as changed by nobody
+            self._write_journal('ab', f'{name}\tanew\n')
         yield self.file(name)
         self._write_journal('ab', f'{name}\t{os.path.getsize(self.file(name))}\n')
 
@@ -167,7 +169,7 @@ def open_folders(folders, names, resume, inputs=(), vis_dir=None):
     for path, flag in [*pictures, *((folder.path, folder.flag) for folder in folders)]:
         if os.path.realpath(path) in taken:
             raise BadInput(f'{path} ({flag}) is also the folder of other files of this run: name another')
-        if flag != '--vis_dir':             # pictures may lie beside results, whose files have other extensions
+        if flag != '--vis_dir':             # pictures may lie beside results of this run: extensions differ
             taken.add(os.path.realpath(path))
     for path, flag in pictures:
         make_dir(path, flag)

@@ -286,7 +286,8 @@ def get_args_parser():
         help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with another number '
              'add --train="--max_epochs N" and the same to --train_aff')
     add('--count', default=240, type=int, help='number of drawings, for --toy')
-    add('--resume', action='store_true', help='keep finished work; without it, everything is computed again')
+    add('--resume', action='store_true', help='keep finished work. Without it, everything is computed again, and seedN and tables.csv of an earlier run '
+             'are renamed to seedN_earlier and tables_earlier.csv')
     add('--out', default='tables', help='folder to write all results to (default: tables, or tables_toy with --toy)')
     # data
     add('--voc12_root', default='VOC2012', help='data root; contains JPEGImages/ and SegmentationClass/')
@@ -375,17 +376,16 @@ def main(args):
     scored = {row.scored for row in rows}
     check_scripts(args, scored, check_data(args, scored, truth_to_train_on(args)))
     make_dir(args.out, '--out')
-    check_settings(args)
     path, records = os.path.join(args.out, 'tables.csv'), {}
     if not args.resume:
-        set_aside(path)
-    elif os.path.isfile(path):
+        for earlier in *(os.path.join(args.out, f'seed{seed}') for seed in args.seeds), path:
+            set_aside(earlier)
+    check_settings(args)
+    if os.path.isfile(path):
         records = {(record['table'], record['row'], record['seed']): record for record in read_csv(path)}
     for seed in args.seeds:
         of_seed = argparse.Namespace(**vars(args), seed=seed, weights_aff=args.weights,
                                      made=collections.defaultdict(set))         # folder -> names of its images
-        if not args.resume:
-            set_aside(result_path(of_seed))
         make_dir(result_path(of_seed), '--out')
         if args.toy:
             make_toy(of_seed)

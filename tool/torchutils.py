@@ -2,6 +2,7 @@
 import multiprocessing.queues
 import os
 import random
+import sys
 
 import numpy as np
 import torch
@@ -132,9 +133,12 @@ class SkipBad:
 
 
 def end_if_stuck(_):
-    """`worker_init_fn` of the loaders: a worker that cannot hand its item over, because /dev/shm is full, ends.
-    Otherwise the script would wait for the item for ever."""
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, item: os._exit(1))
+    """`worker_init_fn` of the loaders: a worker that cannot hand its item over, because /dev/shm is full, says so and
+    ends. Otherwise the script would wait for the item for ever."""
+    def end(error, _):
+        print(f'a loader process cannot hand an item over: {error}', file=sys.stderr, flush=True)
+        os._exit(1)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
 
 
 def read_items(dataset, names, errors, num_workers, device, desc, worker_init_fn=end_if_stuck):

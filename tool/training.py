@@ -143,7 +143,7 @@ def report_progress(log, timer, batches, optimizer, step, means, losses, counts=
     """Logs the `Iter:` line of the reference, and a record of everything: step, epoch, means, lr, images/s, memory.
 
     batches: the StepBatches. step: the number of the last update, from 0. means: dict of floats; the record has all of
-    them, the line its mAP and those that are named in `losses` and `counts`, as far as they exist.
+    them, the line its mAP and those that are named in `losses`, as far as they exist, and in `counts`.
     """
     lr = optimizer.param_groups[0]['lr']
     speed, finish = timer.report(step + 1, batches.max_step, batches.batch_size)

@@ -28,6 +28,8 @@ NO_CLASS = re.compile('.*background.*|.*unlabel.*|bg|bkgd?|void|ignored?|ignorer
 # lines of files of other forms: colours, JSON, YAML
 OTHER_FORM = re.compile(r'#[\da-fA-F]{6}|\d+([\s,;]+)\d+\1\d+|^#|["\[\]{}]|:$')
 
+JOINERS = '\u200c\u200d'          # invisible, but part of the spelling of Persian and of languages of India
+
 
 def clean_class_name(text):
     """Returns the name of a class with single blanks and in Unicode's form NFC, so that the same letters are equal."""
@@ -43,7 +45,7 @@ def check_class_names(names, source):
     for name in names:
         if names.count(name) > 1:
             raise BadInput(f'{source} names the class {name} twice')
-        hidden = [char for char in name if unicodedata.category(char) == 'Cf']
+        hidden = [char for char in name if unicodedata.category(char) == 'Cf' and char not in JOINERS]
         if hidden:
             raise BadInput(f'{source} has the class {name}, in which the character U+{ord(hidden[0]):04X} is '
                            'invisible: type the name anew')
@@ -54,7 +56,7 @@ def check_class_names(names, source):
             raise BadInput(f'{source} has the class {name}: delete it and list only foreground classes, because 0 is '
                            f'always the background and {IGNORE} the ignored pixels')
     # label maps of other tools: 0 cat, 1: dog
-    numbered = [re.fullmatch(r'(\d+)[\W_]+(.*)', name) for name in names]
+    numbered = [re.fullmatch(r'(\d+)[\s:,;=]+(.*)', name) for name in names]
     if len(names) > 1 and all(numbered) and len({match[2] for match in numbered}) == len(names):
         numbers = sorted(int(match[1]) for match in numbered)
         if numbers == list(range(numbers[0], numbers[0] + len(numbers))):

@@ -4,7 +4,8 @@
 # ROOT has JPEGImages, SegmentationClass, cls_labels.npy, and in ImageSets/Segmentation train_aug.txt (1,040 photographs
 # to train on) and train.txt (437 of them, to score): see "Photographs" in tests/README.md. Begin with SEEDS=0: on 16
 # cores, a seed was estimated at ten minutes. Other settings by variables: JOBS (6) runs beside each other, each with
-# WORKERS (2) loader processes; SEEDS, EPOCHS, CROPS; FAST, flags for training and inference. A run that was stopped goes on with the same command.
+# WORKERS (2) loader processes; SEEDS, EPOCHS, CROPS; FAST, flags for training and inference. A run that was stopped
+# goes on with the same command.
 # OUT/NAME/seedN has what a run writes, OUT/schedule.csv the lines of all tables.csv. The CRF and the walk of the best
 # setting: its command, see OUT/NAME/seedN/log.txt, with --rows CRF walk --alphas ... added.
 set -uo pipefail
