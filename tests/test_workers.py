@@ -152,7 +152,7 @@ def test_damaged_disk_is_no_closed_terminal():
 
 @pytest.mark.parametrize('error, words', [
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), '--num_workers'),
-    (RuntimeError('unable to allocate shared memory(shm) for file </torch_7_8_9>: Cannot allocate memory (12)'), '--shm'),
+    (RuntimeError('unable to allocate shared memory(shm) for file </torch_7>: Cannot allocate memory (12)'), '--shm'),
     (RuntimeError('unable to write to file </torch_7_8_9>: No space left on device (28)'), '--shm-size'),
     (torch.OutOfMemoryError('CUDA out of memory. Tried'), 'out of memory'),
     (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling'), 'out of memory')])

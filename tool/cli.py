@@ -43,8 +43,9 @@ class NotFinite(ArithmeticError):
 def exit_on_bad_input(memory_help='smaller images, fewer --num_workers'):
     """Context for a script's `main`, which turns exceptions into exit codes. An error that the user can mend ends the
     script with one line on stderr and exit code 2, Ctrl-C with 130. If its output goes to a closed pipe (`| head`), it
-    ends silently with 141, a training after its last step; to a closed terminal, with 129 or the exit code that it already has. Characters that the
-    console cannot print become escapes. memory_help: text on the flags that help if memory runs out."""
+    ends silently with 141, a training after its last step; to a closed terminal, with 129 or the exit code that it
+    already has. Characters that the console cannot print become escapes. memory_help: text on the flags that help if
+    memory runs out."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')

@@ -286,7 +286,8 @@ def get_args_parser():
         help='EfficientNet-Lite0 of timm, and settings for about 1,000 photographs, as defaults; with another number '
              'add --train="--max_epochs N" and the same to --train_aff')
     add('--count', default=240, type=int, help='number of drawings, for --toy')
-    add('--resume', action='store_true', help='keep finished work. Without it, everything is computed again, and seedN and tables.csv of an earlier run '
+    add('--resume', action='store_true',
+        help='keep finished work. Without it, everything is computed again, and seedN and tables.csv of an earlier run '
              'are renamed to seedN_earlier and tables_earlier.csv')
     add('--out', default='tables', help='folder to write all results to (default: tables, or tables_toy with --toy)')
     # data
