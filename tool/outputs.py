@@ -94,7 +94,7 @@ class ResultFolder:
     def writing(self, name):
         """The context in which the file of an image is written, to the path that it yields. If it ends well, the image
         is finished."""
-        if os.path.isfile(self.file(name)):     # until its new size is known, it counts as changed by nobody
+        if os.path.isfile(self.file(name)):     # a run that is killed here may leave a file of another size
             self._write_journal('ab', f'{name}\tanew\n')
         yield self.file(name)
         self._write_journal('ab', f'{name}\t{os.path.getsize(self.file(name))}\n')
