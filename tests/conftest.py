@@ -9,6 +9,8 @@ os.environ['OMP_NUM_THREADS'] = '1'     # also for processes that tests start, b
 os.environ['PYTHONPATH'] = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)),
                                             *filter(None, [os.environ.get('PYTHONPATH')])])
 os.environ['CUDA_VISIBLE_DEVICES'] = ''     # many tests compare bits, which a GPU does not promise
+if hasattr(signal, 'SIGHUP'):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)        # under nohup it is ignored, also by the processes of tests
 
 import numpy as np
 import pytest
