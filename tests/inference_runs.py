@@ -1,4 +1,7 @@
 """Short runs of infer_SEAM.py and infer_aff.py that several test files compare with."""
+import functools
+import shutil
+
 import pytest
 import torch
 
@@ -8,10 +11,9 @@ from helpers import AFF, LIST, SEAM, done, run
 from tool import outputs, torchutils, training
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    """A toy set, random networks, and undisturbed results: cam, crf_4.0, crf_24.0, pred, rw."""
-    root = tmp_path_factory.mktemp('inference')
+@functools.cache
+def run_inference(root):
+    root.mkdir()
     done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 10, '--size', 64, 64, '--classes', 3))
     torch.manual_seed(0)
     for module, name in ((tiny_SEAM, 'seam'), (tiny_aff, 'aff')):
@@ -21,6 +23,14 @@ def data(tmp_path_factory):
     done(cams(root, '--out_cam', 'cam', '--out_crf', 'crf', '--out_cam_pred', 'pred'))
     done(walk(root))
     return root
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A toy set, random networks, and undisturbed results: cam, crf_4.0, crf_24.0, pred, rw. They are made once in a
+    process; each test file has a copy."""
+    undisturbed = run_inference(tmp_path_factory.getbasetemp() / 'undisturbed')
+    return shutil.copytree(undisturbed, tmp_path_factory.mktemp('inference'), dirs_exist_ok=True)
 
 
 def cams(root, *more):

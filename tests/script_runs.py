@@ -1,4 +1,5 @@
 """All stages on a small set of drawings, and single runs on copies of it that a test may damage."""
+import functools
 import shutil
 
 import pytest
@@ -6,10 +7,9 @@ import pytest
 from helpers import AFF, LIST, SEAM, done, run, shell
 
 
-@pytest.fixture(scope='module')
-def pipeline(tmp_path_factory):
-    """A folder in which every stage has run on the output of the one before, and a dict stage -> its stdout."""
-    root = tmp_path_factory.mktemp('pipeline')
+@functools.cache
+def run_all_stages(root):
+    root.mkdir()
     out = {}
     out['toy'] = done(run(root, 'voc12/make_toy', '--out', 'VOC2012', '--count', 12, '--size', 64, 72,
                           '--classes', 3))
@@ -35,6 +35,14 @@ def pipeline(tmp_path_factory):
     out['png'] = done(run(root, 'evaluation', '--list', lists, '--predict_dir', 'out/rw', '--comment', 'walk',
                           '--type', 'png', '--curve', 'False'))
     return root, out
+
+
+@pytest.fixture(scope='module')
+def pipeline(tmp_path_factory):
+    """A folder in which every stage has run on the output of the one before, and a dict stage -> its stdout. The stages
+    run once in a process; each test file has a copy."""
+    root, out = run_all_stages(tmp_path_factory.getbasetemp() / 'stages')
+    return shutil.copytree(root, tmp_path_factory.mktemp('pipeline'), dirs_exist_ok=True), out
 
 
 @pytest.fixture
